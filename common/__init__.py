@@ -1,0 +1,1 @@
+"""What only `main()` needs: datasets, evaluation, the run's folder. No algorithm."""

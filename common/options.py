@@ -1,0 +1,156 @@
+"""A script's command line: what every run can be told, parsed, checked, stored."""
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from common import checkpoint
+from common.datasets import EMBEDDED, Dataset
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What to train on, for how long, and where to write it."""
+
+    dataset: str = EMBEDDED  # Minari id, D4RL name, .hdf5 or .npz file; join by +
+    seed: int = 0  # the first seed
+    num_seeds: int = 1  # train seeds seed, seed + 1, ... side by side
+    num_updates: int | None = None  # critic updates; unset: 20000 embedded, else 1M
+    num_morse_updates: int | None = None  # unset: 5000 embedded, else 20000
+    eval_every: int | None = None  # critic updates; unset: 5000, other mazes 50000
+    eval_episodes: int | None = None  # per seed; unset: 100 in mazes, else 10; 0: none
+    eval_map: Literal["auto", "collection", "metadata"] = "auto"  # maze to evaluate in
+    run_dir: Path = Path("runs")  # the run gets a folder of its own in here
+    resume: Path | None = None  # go on with the run in this folder
+    morse: Path | None = None  # take the fitted Morse networks of this run's folder
+    track: Literal["none", "tensorboard", "wandb"] = "none"  # a tracker beside log.csv
+
+    def __post_init__(self) -> None:
+        for name, least in dict(
+            seed=0, num_seeds=1, num_updates=1, num_morse_updates=1
+        ).items():
+            _at_least(name, getattr(self, name), least)
+        _at_least("eval_every", self.eval_every, 1)
+        _at_least("eval_episodes", self.eval_episodes, 0)
+        if self.seed + self.num_seeds > 2**32:
+            raise ValueError(f"seeds must be below 2**32, got {self.seed}")
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def resolve(options: RunOptions, dataset: Dataset, policy_delay: int) -> RunOptions:
+    """Fills in what is unset; counts become multiples of `policy_delay`, and say so."""
+    embedded = dataset.name == EMBEDDED
+    maze = dataset.task is not None and dataset.task.ends_at_success
+    defaults = dict(
+        num_updates=20_000 if embedded else 1_000_000,
+        num_morse_updates=5_000 if embedded else 20_000,
+        eval_every=50_000 if maze and not embedded else 5_000,
+        eval_episodes=100 if maze else 10,
+    )
+    unset = {k: v for k, v in defaults.items() if getattr(options, k) is None}
+    options = dataclasses.replace(options, **unset)
+    if dataset.task is None:
+        options = dataclasses.replace(options, eval_episodes=0)
+    for name in ("num_updates", "eval_every"):
+        asked = getattr(options, name)
+        count = -(-asked // policy_delay) * policy_delay
+        if count != asked:
+            print(f"{name}: {asked} -> {count}, a multiple of policy_delay")
+            options = dataclasses.replace(options, **{name: count})
+    return options
+
+
+def parse(
+    algorithm: str, config: Any, about: str, args: list[str] | None = None
+) -> tuple[RunOptions, Any]:
+    """Reads the command line; with --resume, the stored options are the defaults.
+
+    Args:
+        config: an instance of the algorithm's Config, the defaults.
+        about: the help's first paragraph.
+    Raises:
+        UserError: a bad value, or a resumed run given other options than its own.
+    """
+    args = sys.argv[1:] if args is None else args
+    options, asked = _cli(algorithm, RunOptions(), config, about, args)
+    if options.resume is None:
+        return options, asked
+    stored = checkpoint.read_json(options.resume / "config.json")
+    if stored.get("algorithm") != algorithm:
+        raise UserError(
+            f"{options.resume} holds a run of {stored.get('algorithm')}, not of "
+            f"{algorithm}; resume it with its own script"
+        )
+    try:
+        own = from_json(RunOptions, stored["options"])
+        own_config = from_json(type(config), stored["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{options.resume}/config.json is from another version: {error}"
+        ) from error
+    options, asked = _cli(algorithm, own, own_config, about, args)
+    free = dict(num_updates=None, resume=None, run_dir=Path(), track="none")
+    if (asked, dataclasses.replace(options, **free)) != (
+        own_config,
+        dataclasses.replace(own, **free),
+    ):
+        raise UserError(
+            "a resumed run keeps its options; only --num-updates may change"
+        )
+    return options, asked
+
+
+def _cli(
+    algorithm: str, options: RunOptions, config: Any, about: str, args: list[str]
+) -> tuple[RunOptions, Any]:
+    fields = [
+        (
+            "config",
+            Annotated[type(config), tyro.conf.arg(name="")],
+            dataclasses.field(default=config),
+        ),
+        (
+            "run",
+            Annotated[RunOptions, tyro.conf.OmitArgPrefixes],
+            dataclasses.field(default=options),
+        ),
+    ]
+    both = dataclasses.make_dataclass("Options", fields, frozen=True)
+    try:
+        out = tyro.cli(both, args=args, description=about, prog=f"{algorithm}.py")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return out.run, out.config
+
+
+def to_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {
+            f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)
+        }
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_json(kind: type, stored: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for name, value in stored.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_json(hints[name], value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif value is not None and Path in (hints[name], *typing.get_args(hints[name])):
+            value = Path(value)
+        values[name] = value
+    return kind(**values)

@@ -1,0 +1,163 @@
+"""Evaluation: every seed's policy, in numpy, in the real environment.
+
+A deterministic tanh policy is a list of layers; JAX is not needed to run or ship it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from common.checkpoint import write_bytes, write_json
+from common.tasks import Task, flatten_obs, make_env, normalized_score
+
+MAX_ENVS = 10  # per seed, stepped together
+
+
+@dataclass(frozen=True)
+class NumpyPolicy:
+    """K deterministic policies, one per seed: ReLU layers, tanh output, box rescaling.
+
+    Attributes:
+        layers: (weight (K, in, out), bias (K, out)) from input to output.
+        obs_mean, obs_std: (S,); the network sees (obs - obs_mean) / obs_std.
+        action_low, action_high: (A,) the environment's own range.
+    """
+
+    layers: tuple[tuple[np.ndarray, np.ndarray], ...]
+    obs_mean: np.ndarray
+    obs_std: np.ndarray
+    action_low: np.ndarray
+    action_high: np.ndarray
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        """Actions (K, E, A) in the environment's range for raw obs (K, E, S)."""
+        x = (obs - self.obs_mean) / self.obs_std
+        for weight, bias in self.layers[:-1]:
+            x = np.maximum(x @ weight + bias[:, None], 0.0)
+        weight, bias = self.layers[-1]
+        x = np.tanh(x @ weight + bias[:, None])
+        half = (self.action_high - self.action_low) / 2
+        return np.clip(
+            self.action_low + (x + 1.0) * half, self.action_low, self.action_high
+        )
+
+
+def layers_of(actor: Mapping[str, Any]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """The Dense layers of a flax actor, in order; any leading seed axis is kept."""
+    dense = actor["params"]
+    return tuple(
+        (np.array(dense[f"Dense_{i}"]["kernel"]), np.array(dense[f"Dense_{i}"]["bias"]))
+        for i in range(len(dense))
+    )
+
+
+def export(folder: Path, policy: NumpyPolicy, seeds: Sequence[int], about: dict) -> None:
+    """Writes `seed<k>.safetensors` per seed and `policy.json`: no time, no path."""
+    for i, seed in enumerate(seeds):
+        arrays = {
+            "obs_mean": policy.obs_mean,
+            "obs_std": policy.obs_std,
+            "action_low": policy.action_low,
+            "action_high": policy.action_high,
+        }
+        for n, (weight, bias) in enumerate(policy.layers):
+            arrays |= {f"layer{n}.weight": weight[i], f"layer{n}.bias": bias[i]}
+        arrays = {k: np.ascontiguousarray(v, np.float32) for k, v in arrays.items()}
+        write_bytes(folder / f"seed{seed}.safetensors", save(arrays))
+    num_layers = len(policy.layers)
+    about = {**about, "seeds": list(seeds), "num_layers": num_layers}
+    about |= {"hidden_activation": "relu", "output_activation": "tanh"}
+    write_json(folder / "policy.json", about)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the episodes gave, (K, E) each; `success` is NaN where undefined."""
+
+    returns: np.ndarray
+    lengths: np.ndarray
+    success: np.ndarray
+    scores: np.ndarray  # (K,) 0-100 scale
+
+
+class Evaluator:
+    """Keeps the environments; one thread at a time may call `run`."""
+
+    def __init__(self, task: Task, num_seeds: int, num_episodes: int) -> None:
+        self.task, self.num_episodes = task, num_episodes
+        width = min(num_episodes, MAX_ENVS)
+        self.envs = [[make_env(task) for _ in range(width)] for _ in range(num_seeds)]
+
+    def run(self, policy: NumpyPolicy, seeds: Sequence[int], step: int) -> Evaluation:
+        """Plays `num_episodes` per seed; episode e of (seed, step) is reproducible."""
+        shape = (len(seeds), self.num_episodes)
+        returns, lengths = np.zeros(shape), np.zeros(shape, np.int64)
+        success = np.full(shape, np.nan)
+        play = [
+            [_Slot(env, self.task) for env in envs] for envs in self.envs[: len(seeds)]
+        ]
+        waiting = [list(range(self.num_episodes))[::-1] for _ in seeds]
+        obs = np.zeros((len(seeds), len(play[0]), len(policy.obs_mean)), np.float32)
+        for k, slots in enumerate(play):
+            for e, slot in enumerate(slots):
+                obs[k, e] = slot.start(waiting[k].pop(), seeds[k], step)
+        while any(slot.episode >= 0 for slots in play for slot in slots):
+            action = policy(obs)
+            for k, slots in enumerate(play):
+                for e, slot in enumerate(slots):
+                    if slot.episode < 0:
+                        continue
+                    obs[k, e], done = slot.step(action[k, e])
+                    if done:
+                        at = (k, slot.episode)
+                        returns[at], lengths[at] = slot.ret, slot.length
+                        success[at] = slot.success
+                        slot.episode = -1
+                        if waiting[k]:
+                            obs[k, e] = slot.start(waiting[k].pop(), seeds[k], step)
+        rates = success.mean(axis=1)
+        scores = [
+            normalized_score(self.task, float(r), float(s))
+            for r, s in zip(returns.mean(axis=1), rates, strict=True)
+        ]
+        return Evaluation(returns, lengths, success, np.array(scores))
+
+    def close(self) -> None:
+        """Frees the simulators."""
+        for envs in self.envs:
+            for env in envs:
+                env.close()
+
+
+class _Slot:
+    """One environment and the episode that it is playing; episode -1: idle."""
+
+    def __init__(self, env: Any, task: Task) -> None:
+        self.env, self.task, self.episode = env, task, -1
+        self.ret, self.length, self.success = 0.0, 0, np.nan
+
+    def start(self, episode: int, seed: int, step: int) -> np.ndarray:
+        self.episode, self.ret, self.length = episode, 0.0, 0
+        self.success = 0.0 if self.task.ends_at_success else np.nan
+        entropy = np.random.SeedSequence([seed, step, episode])
+        obs, _ = self.env.reset(seed=int(entropy.generate_state(1)[0] >> 1))
+        return flatten_obs(self.task, obs)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
+        space = self.env.action_space
+        obs, reward, terminated, truncated, info = self.env.step(
+            action.astype(space.dtype)
+        )
+        self.ret += float(reward)
+        self.length += 1
+        done = terminated or truncated or self.length >= self.task.horizon
+        if self.task.ends_at_success:
+            self.success = float(float(reward) > 0)
+            done = done or self.success > 0
+        elif "success" in info:  # Adroit: solved at any step
+            self.success = float(bool(info["success"]) or self.success == 1.0)
+        return flatten_obs(self.task, obs), bool(done)

@@ -1,0 +1,673 @@
+"""One run from compiled chunks to its folder: log, checkpoints, evaluation, result.
+
+Nothing here changes a number: it calls what the algorithm's file hands it and writes
+down what came.
+"""
+
+import csv
+import dataclasses
+import importlib
+import importlib.metadata
+import io
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import morse
+from common import checkpoint, plots, rollout, seeds
+from common.datasets import Dataset
+from common.errors import UserError
+from common.options import RunOptions, resolve, to_json
+from common.tasks import normalized_score
+
+CHUNK = 1000  # updates per compiled scan, at most
+
+
+def guarded(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; a UserError becomes one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; go on with --resume RUN", file=sys.stderr)
+        sys.exit(130)
+
+
+# ============================================================================ Folder
+
+
+def new_folder(run_dir: Path, name: str) -> Path:
+    """Makes the run's own folder, `name` and the time in `run_dir`."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for attempt in range(1000):
+        folder = run_dir / f"{name}-{stamp}{f'-{attempt}' if attempt else ''}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot make the folder {folder}: {error}") from error
+    raise UserError(f"cannot find a free name for {name} in {run_dir}")
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that a number could depend on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "mujoco")
+    found = {"python": platform.python_version()}
+    for name in (*packages, "gymnasium-robotics", "minari"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the script's own repository, `+` behind it if files differ."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def device_line() -> str:
+    """Names the device; warns when a GPU is there but JAX has none."""
+    devices = jax.devices()
+    line = f"device: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+    if devices[0].platform == "cpu" and Path("/dev/nvidia0").exists():
+        line += "\nwarning: a GPU is present but unused; uv sync --extra cuda"
+    return line
+
+
+# ============================================================================= Morse
+
+
+def save_morse(
+    folder: Path,
+    seed: int,
+    params: Any,
+    scale: float,
+    config: Any,
+    fingerprint: str,
+    standardised: bool,
+) -> None:
+    """Writes one fitted Morse network to `folder`/morse."""
+    meta = dict(scale=float(scale), config=to_json(config), fingerprint=fingerprint)
+    path = folder / "morse" / f"scale{float(scale):g}-seed{seed}.safetensors"
+    checkpoint.save_tree(path, params, meta | dict(standardised=standardised))
+
+
+def load_morse(
+    folder: Path,
+    seed: int,
+    template: Any,
+    scale: float,
+    config: Any,
+    fingerprint: str,
+    standardised: bool,
+) -> Any:
+    """Reads what `save_morse` wrote; UserError unless data and settings are the same."""
+    path = folder / "morse" / f"scale{float(scale):g}-seed{seed}.safetensors"
+    if not path.is_file():
+        there = sorted(p.stem for p in (folder / "morse").glob("*.safetensors"))
+        raise UserError(
+            f"no Morse network of scale {scale:g} and seed {seed} in {folder}; "
+            f"there: {', '.join(there) or 'none'}"
+        )
+    params, meta = checkpoint.load_tree(path, template)
+    wanted = dict(
+        kernel=config.kernel,
+        kappa=config.kappa,
+        fingerprint=fingerprint,
+        standardised=standardised,
+    )
+    found = meta.get("config", {}) | meta
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"{path} was fitted with {name} {found.get(name)}, this run has {value}"
+            )
+    return params
+
+
+# =============================================================================== Run
+
+
+class Run:
+    """A run under way: its folder, log, evaluations and checkpoints.
+
+    `keys(stage)`, `map(...)` and `chunks(...)` drive the compiled scans; `record`,
+    `checkpoint` and `finish` write. Steps count critic updates.
+    """
+
+    def __init__(
+        self,
+        algorithm: str,
+        options: RunOptions,
+        config: Any,
+        dataset: Dataset,
+        obs_mean: np.ndarray,
+        obs_std: np.ndarray,
+    ) -> None:
+        """Makes the folder, or opens the one to resume, and prints what will be run.
+
+        Args:
+            obs_mean, obs_std: (S,); the networks see (obs - obs_mean) / obs_std.
+
+        Raises:
+            UserError: the folder cannot be made, or belongs to another dataset.
+        """
+        self.algorithm, self.dataset, self.config = algorithm, dataset, config
+        self.options = resolve(options, dataset, getattr(config, "policy_delay", 1))
+        self.obs_mean, self.obs_std = obs_mean, obs_std
+        open_tracker = _tracker(self.options.track, algorithm)
+        self.seeds = list(range(options.seed, options.seed + options.num_seeds))
+        self.mesh = seeds.mesh(len(self.seeds))
+        self.lanes = seeds.lanes(self.seeds, self.mesh)
+        self.wall: dict[str, float] = {}
+        self.trained = 0  # updates trained by this process
+        self.rows: list[dict[str, Any]] = []
+        self._sums: dict[str, np.ndarray] = {}
+        self._count = 0
+        self._pending: tuple[int, Future[Any] | None, list[dict[str, Any]]] | None = None
+        self._pool = ThreadPoolExecutor(1, "evaluation")
+        self._evaluator: rollout.Evaluator | None = None
+        self.folder = self._open(options.resume)
+        self.tracker = open_tracker(self.folder, _flat(config))
+        print(device_line())
+        print(f"dataset: {describe(dataset)}")
+        print("options: " + " ".join(f"{k}={v}" for k, v in _flat(config).items()))
+        if dataset.task is None:
+            print(f"evaluation is off: {dataset.why_no_task}")
+        print(f"run: {self.folder}", flush=True)
+
+    def _open(self, resume: Path | None) -> Path:
+        about = dict(
+            fingerprint=self.dataset.fingerprint,
+            num_transitions=self.dataset.num_transitions,
+            obs_dim=self.dataset.obs_dim,
+            action_dim=self.dataset.action_dim,
+            domain=self.dataset.domain,
+        )
+        if resume is not None:
+            stored = checkpoint.read_json(resume / "config.json")
+            if stored["dataset"]["fingerprint"] != about["fingerprint"]:
+                raise UserError(
+                    f"{self.dataset.name} is not the data that {resume} was trained on "
+                    "(its fingerprint differs)"
+                )
+            folder = resume
+        else:
+            slug = self.dataset.name.split("+")[0].removesuffix(".hdf5")
+            slug = "".join(c if c.isalnum() or c in "._" else "-" for c in slug)[-60:]
+            name = f"{self.algorithm}-{slug.strip('-.')}-seed{self.seeds[0]}"
+            folder = new_folder(self.options.run_dir, name)
+        own = dataclasses.replace(self.options, resume=None)
+        checkpoint.write_json(
+            folder / "config.json",
+            dict(
+                algorithm=self.algorithm,
+                options=to_json(own),
+                config=to_json(self.config),
+                dataset=about,
+                versions=versions(),
+                commit=commit(),
+            ),
+        )
+        return folder
+
+    # ------------------------------------------------------------------ compiled work
+
+    def keys(self, stage: int) -> jax.Array:
+        """The stage's key of every lane, (L,)."""
+        return seeds.stage_keys(self.lanes, stage)
+
+    def map(self, function: Callable[..., Any], *per_seed: bool) -> Callable[..., Any]:
+        """`common.seeds.map_seeds` over this run's devices."""
+        return seeds.map_seeds(function, per_seed, self.mesh)
+
+    def chunks(
+        self, label: str, start: int, total: int, every: int
+    ) -> Iterator[tuple[int, int]]:
+        """Yields (start, length) up to `total`, with a progress bar.
+
+        A chunk has at most 1000 updates and ends at multiples of `every`.
+        """
+        with tqdm(
+            total=total, initial=start, desc=label, unit=" updates", disable=None
+        ) as bar:
+            while start < total:
+                length = min(CHUNK, total - start, every - start % every)
+                yield start, length
+                bar.update(length)
+                start += length
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the block's wall time to `stage`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - begin
+            self.wall[stage] = self.wall.get(stage, 0.0) + spent
+
+    def chunked(
+        self, function: Callable[..., Any], *per_seed: bool
+    ) -> Callable[..., Any]:
+        """Maps `function(..., num_updates=length)` over the seeds, one compile a length.
+
+        The first argument is donated. Returns a callable of (length, *arguments).
+        """
+        programs: dict[int, Any] = {}
+
+        def call(length: int, *args: Any) -> Any:
+            if length not in programs:
+                with self.timed("compile"):
+                    jitted = seeds.map_seeds(
+                        partial(function, num_updates=length),
+                        per_seed,
+                        self.mesh,
+                        donate=True,
+                    )
+                    programs[length] = jitted.lower(*args).compile()
+            return programs[length](*args)
+
+        return call
+
+    def split(self, tree: Any) -> Any:
+        """Lays arrays with a lane axis, hyperparameters say, out over the devices."""
+        return seeds.split(tree, self.mesh)
+
+    def place(self, tree: Any) -> Any:
+        """Copies arrays that all seeds share, the dataset say, to every device."""
+        return seeds.replicate(tree, self.mesh)
+
+    # ------------------------------------------------------------ metrics and results
+
+    def record(self, metrics: Mapping[str, jax.Array], length: int) -> None:
+        """Adds a chunk's metrics, (L,) each; waits until the chunk is done.
+
+        A row shows the mean since the row before, `*_max` the largest.
+        """
+        values = {k: np.asarray(v, np.float64) for k, v in metrics.items()}
+        for name, value in values.items():
+            if name.endswith("_max"):
+                self._sums[name] = np.maximum(self._sums.get(name, value), value)
+            else:
+                self._sums[name] = self._sums.get(name, 0.0) + value * length
+        self._count += length
+        self.trained += length
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is one to evaluate and write a checkpoint at."""
+        return step % self.options.eval_every == 0 or step == self.options.num_updates
+
+    def checkpoint(self, step: int, state: Any, actor: Any) -> None:
+        """Writes a checkpoint and starts the evaluation of `actor` beside the training.
+
+        Args:
+            state: pytree with a leading lane axis, all that training needs to go on.
+            actor: the lanes' deterministic tanh policies, flax parameters.
+        """
+        self.flush()
+        rows = [
+            {
+                name: float(
+                    value[i] if name.endswith("_max") else value[i] / self._count
+                )
+                for name, value in self._sums.items()
+            }
+            for i in range(len(self.seeds))
+        ]
+        self._sums, self._count = {}, 0
+        with self.timed("writing"):
+            path = self.folder / "checkpoint" / f"step-{step:09d}.safetensors"
+            meta = dict(step=step, rows=rows, seeds=self.seeds)
+            checkpoint.save_tree(path, self._own(state), meta)
+            for old in sorted(path.parent.glob("step-*.safetensors"))[:-2]:
+                old.unlink()
+        self._evaluate(step, actor, rows)
+
+    def restore(self, template: Any) -> tuple[Any, int] | None:
+        """The newest checkpoint's state, laid out as `template`, and its step.
+
+        None if the run is new or died before its first checkpoint. `evaluate_again`
+        then writes the rows of that step, which may have been lost.
+        """
+        paths = sorted((self.folder / "checkpoint").glob("step-*.safetensors"))
+        if not paths:
+            return None
+        state, meta = checkpoint.load_tree(paths[-1], self._own(template))
+        self.rows = [r for r in self._read_log() if int(r["step"]) < meta["step"]]
+        self._write_log()
+        print(f"resumed at update {meta['step']} from {paths[-1]}")
+        self._restored_rows = meta["rows"]
+        return self.spread(state), int(meta["step"])
+
+    def _own(self, tree: Any) -> Any:
+        """The seeds' share of the lanes, as numpy."""
+        return jax.tree.map(lambda x: np.asarray(x)[: len(self.seeds)], tree)
+
+    def policy(self, actor: Any) -> rollout.NumpyPolicy:
+        """The seeds' policies in numpy, acting on raw observations."""
+        return rollout.NumpyPolicy(
+            rollout.layers_of(self._own(actor)),
+            self.obs_mean,
+            self.obs_std,
+            self.dataset.action_low,
+            self.dataset.action_high,
+        )
+
+    def spread(self, tree: Any) -> Any:
+        """Lays numpy arrays with a leading seed axis out over the lanes' devices."""
+        lane = np.minimum(np.arange(len(self.lanes)), len(self.seeds) - 1)
+        return seeds.split(jax.tree.map(lambda x: np.asarray(x)[lane], tree), self.mesh)
+
+    def evaluate_again(self, step: int, actor: Any) -> None:
+        """Starts the evaluation that belongs to a restored checkpoint."""
+        self._evaluate(step, actor, self._restored_rows)
+
+    def _evaluate(self, step: int, actor: Any, rows: list[dict[str, Any]]) -> None:
+        if step == 0:  # nothing trained yet
+            return
+        future = None
+        if self.options.eval_episodes:
+            future = self._pool.submit(self._play, self.policy(actor), step)
+        self._pending = (step, future, rows)
+
+    def _play(self, policy: rollout.NumpyPolicy, step: int) -> rollout.Evaluation:
+        assert self.dataset.task is not None
+        if self._evaluator is None:
+            self._evaluator = rollout.Evaluator(
+                self.dataset.task, len(self.seeds), self.options.eval_episodes or 0
+            )
+        return self._evaluator.run(policy, self.seeds, step)
+
+    def flush(self) -> None:
+        """Waits for the evaluation under way and writes its rows."""
+        if self._pending is None:
+            return
+        step, future, metrics = self._pending
+        with self.timed("evaluation"):
+            result = future.result() if future else None
+        self._pending = None
+        rows = []
+        for i, seed in enumerate(self.seeds):
+            row: dict[str, Any] = {"seed": seed, "step": step}
+            row |= dict.fromkeys(("return", "score", "success", "length"), "")
+            if result is not None:
+                row["return"] = float(result.returns[i].mean())
+                row["score"] = float(result.scores[i])
+                row["success"] = float(result.success[i].mean())
+                row["length"] = float(result.lengths[i].mean())
+            row = {k: "" if v != v else v for k, v in row.items()}  # NaN: undefined
+            rows.append(row | metrics[i])
+        self.rows += rows
+        self._write_log(rows)
+        self.tracker(rows)
+        tqdm.write(_line(step, rows), file=sys.stdout)
+
+    def _write_log(self, new: list[dict[str, Any]] | None = None) -> None:
+        """Appends `new` rows in one write, or writes the whole log anew."""
+        path = self.folder / "log.csv"
+        rows = self.rows if new is None else new
+        text = io.StringIO()
+        if rows:
+            writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+            if new is None or not path.exists():
+                writer.writeheader()
+            writer.writerows(rows)
+        if new is None or not path.exists():
+            if rows:
+                checkpoint.write_bytes(path, text.getvalue().encode())
+            else:
+                path.unlink(missing_ok=True)
+        else:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text.getvalue())
+
+    def _read_log(self) -> list[dict[str, Any]]:
+        path = self.folder / "log.csv"
+        if not path.exists():
+            return []
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [r for r in csv.DictReader(file) if None not in r.values()]
+        return [{k: _number(v) for k, v in row.items()} for row in rows]
+
+    def finish(self, actor: Any, density: plots.Density | None = None) -> None:
+        """Writes policy, result and pictures; prints the table and, last, the folder.
+
+        Args:
+            density: the first seed's certainty (B,) of the observations (B, S) as the
+                networks see them and actions (B, A); None: no picture of it.
+        """
+        self.flush()
+        policy = self.policy(actor)
+        with self.timed("writing"):
+            task = self.dataset.task
+            about = dict(
+                algorithm=self.algorithm,
+                obs_dim=self.dataset.obs_dim,
+                action_dim=self.dataset.action_dim,
+                obs_keys=list(task.obs_keys) if task else [],
+            )
+            rollout.export(self.folder / "policy", policy, self.seeds, about)
+            title = f"{self.algorithm} on {self.dataset.name}"
+            plots.curves(self.folder / "curves.png", self.rows, title)
+            if density is not None:
+                path = self.folder / "certainty.png"
+                plots.certainty(path, density, self.dataset, policy, title)
+        self._write_result()
+        self._pool.shutdown()
+        if self._evaluator:
+            self._evaluator.close()
+        print(_table(self.rows[-len(self.seeds) :], self.dataset))
+        print(self.folder, flush=True)
+
+    def _write_result(self) -> None:
+        path = self.folder / "result.json"
+        last = self.rows[-len(self.seeds) :]
+        task = self.dataset.task
+        wall = {k: round(v, 3) for k, v in self.wall.items()}
+        rate = self.trained * len(self.seeds) / max(self.wall.get("training", 0), 1e-9)
+        if not self.trained and path.exists():  # a finished run, opened again
+            before = checkpoint.read_json(path)
+            wall, rate = before["wall"], before["updates_per_second"]
+        checkpoint.write_json(
+            path,
+            dict(
+                algorithm=self.algorithm,
+                dataset=self.dataset.name,
+                seeds=self.seeds,
+                step=last[0]["step"],
+                **{f"{k}s": [_number(r[k]) for r in last] for k in ("score", "return")},
+                success=[_number(r["success"]) for r in last],
+                lengths=[_number(r["length"]) for r in last],
+                data=_data_figures(self.dataset),
+                eval_map=task.eval_map if task else None,
+                eval_episodes=self.options.eval_episodes,
+                wall=wall,
+                updates_per_second=rate,
+                options=to_json(self.options) | to_json(self.config),
+                versions=versions(),
+                device=jax.devices()[0].device_kind,
+                commit=commit(),
+            ),
+        )
+
+
+# ============================================================================ Helpers
+
+
+def fit_morse(
+    job: Run, state: Any, obs: jax.Array, action: jax.Array, scale: float, config: Any
+) -> Any:
+    """One Morse network per lane: fitted, or read from the run that --morse names.
+
+    Args:
+        state: the lanes' fresh morse.MorseState.
+        obs, action: the dataset on the devices, as the networks see it.
+    Returns:
+        The networks' parameters, with the lane axis.
+    """
+    options, data = job.options, job.dataset
+    standardised = bool(np.any(job.obs_mean != 0))
+    about = (scale, config, data.fingerprint, standardised)
+    if options.morse is not None:
+        template = jax.tree.map(lambda x: np.asarray(x)[0], state.params)
+        loaded = [load_morse(options.morse, s, template, *about) for s in job.seeds]
+        params = job.spread(jax.tree.map(lambda *x: np.stack(x), *loaded))
+    else:
+
+        def train(state, obs, action, key, start, lam, num_updates):
+            return morse.train(
+                state, obs, action, key, start, num_updates, lam, config
+            )
+
+        program = job.chunked(train, True, False, False, True, False, False)
+        keys, total = job.keys(1), options.num_morse_updates or 0
+        lam = np.float32(scale)
+        for start, length in job.chunks("Morse network", 0, total, total):
+            with job.timed("pretraining"):
+                start = np.int32(start)
+                state, metrics = program(length, state, obs, action, keys, start, lam)
+                jax.block_until_ready(state)
+        losses = np.asarray(metrics["morse_loss"])[: len(job.seeds)]
+        print("Morse loss: " + " ".join(f"{x:.3f}" for x in losses), flush=True)
+        params = state.params
+    for i, seed in enumerate(job.seeds):
+        own = jax.tree.map(lambda x, i=i: np.asarray(x)[i], params)
+        save_morse(job.folder, seed, own, *about)
+    return params
+
+
+def describe(dataset: Dataset) -> str:
+    """One line: name, size, dimensions, what the behaviour reached."""
+    figures = _data_figures(dataset)
+    return (
+        f"{dataset.name}, {dataset.num_transitions} transitions in "
+        f"{len(dataset.episode_lengths)} episodes, observations {dataset.obs_dim}, "
+        f"actions {dataset.action_dim}, mean return {figures['return']:.4g}, mean "
+        f"length {figures['length']:.4g}, domain {dataset.domain}"
+        + (" (defaults untested there)" if dataset.domain == "other" else "")
+    )
+
+
+def _data_figures(dataset: Dataset) -> dict[str, float]:
+    returns = np.asarray(dataset.episode_returns, np.float64)
+    figures = {"return": float(returns.mean())}
+    figures["length"] = float(np.mean(dataset.episode_lengths))
+    if dataset.task is not None:
+        success = float((returns > 0).mean())
+        figures["score"] = normalized_score(dataset.task, figures["return"], success)
+        if dataset.task.ends_at_success:
+            figures["success"] = success
+    return figures
+
+
+def _flat(config: Any) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in to_json(config).items():
+        nested = isinstance(value, dict)
+        flat |= {f"{name}.{k}": v for k, v in value.items()} if nested else {name: value}
+    return flat
+
+
+def _number(text: Any) -> Any:
+    """A log's cell as int, float or None."""
+    if isinstance(text, str):
+        if not text:
+            return None
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+    return text
+
+
+def _line(step: int, rows: list[dict[str, Any]]) -> str:
+    """One evaluation for people: mean over the seeds of the main quantities."""
+    parts = [f"update {step:>8}"]
+    for name in ("score", "return", "length", "certainty", "omega", "q", "critic_loss"):
+        values = [r[name] for r in rows if r.get(name, "") != ""]
+        if values:
+            parts.append(f"{name} {np.mean(values):.4g}")
+    return "  ".join(parts)
+
+
+def _table(rows: list[dict[str, Any]], dataset: Dataset) -> str:
+    """The last evaluation, a line per seed, mean and sd, and the data beside them."""
+    names = ("score", "return", "success", "length")
+
+    def line(label: str, values: Mapping[str, Any]) -> str:
+        cells = [_number(values.get(n)) for n in names]
+        shown = ["-" if c is None or np.isnan(c) else f"{c:.4g}" for c in cells]
+        return f"{label:>8}" + "".join(f"{c:>12}" for c in shown)
+
+    lines = [" " * 8 + "".join(f"{n:>12}" for n in names)]
+    lines += [line(f"seed {row['seed']}", row) for row in rows]
+    if len(rows) > 1 and _number(rows[0]["return"]) is not None:
+        stacked = {n: np.array([row[n] for row in rows], float) for n in names}
+        lines.append(line("mean", {n: float(v.mean()) for n, v in stacked.items()}))
+        lines.append(line("sd", {n: float(v.std(ddof=1)) for n, v in stacked.items()}))
+    lines.append(line("data", _data_figures(dataset)))
+    return "\n".join(lines)
+
+
+def _tracker(
+    kind: str, algorithm: str
+) -> Callable[[Path, dict[str, Any]], Callable[[list[dict[str, Any]]], None]]:
+    """Opens a tracker: (folder, options) -> a function of the new rows.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    package = {"none": "json", "tensorboard": "tensorboardX", "wandb": "wandb"}[kind]
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"--track {kind} needs {package}: uv sync --extra {kind}"
+        ) from error
+
+    def open_tracker(folder: Path, options: dict[str, Any]) -> Callable[..., None]:
+        if kind == "tensorboard":
+            writer = module.SummaryWriter(str(folder / "tensorboard"))
+            send = writer.add_scalar
+        elif kind == "wandb":
+            own = module.init(project=algorithm, name=folder.name, config=options)
+
+            def send(name: str, value: float, step: int) -> None:
+                own.log({name: value, "step": step})
+        else:
+            return lambda rows: None
+
+        def track(rows: list[dict[str, Any]]) -> None:
+            for row in rows:
+                for name, value in row.items():
+                    if name not in ("seed", "step") and value != "":
+                        send(f"seed{row['seed']}/{name}", value, row["step"])
+
+        return track
+
+    return open_tracker

@@ -1,0 +1,86 @@
+"""Seeds as a leading axis, on whatever devices there are."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def use_cores(num_seeds: int) -> None:
+    """Makes one host device per seed, at most one per core; call before any array."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    jax.config.update("jax_num_cpu_devices", max(1, min(cores, num_seeds)))
+
+
+def mesh(num_seeds: int) -> Mesh:
+    """The devices that share the seeds, a 1-D mesh with the axis `seed`."""
+    devices = jax.devices()[:num_seeds]
+    return Mesh(np.array(devices), ("seed",))
+
+
+def lanes(seeds: Sequence[int], mesh: Mesh) -> np.ndarray:
+    """The seeds, (L,), the last one repeated until every device has as many."""
+    return np.array([*seeds, *[seeds[-1]] * (-len(seeds) % mesh.size)])
+
+
+def stage_keys(lanes: np.ndarray, stage: int) -> jax.Array:
+    """One typed key per lane, (L,); it depends on the seed, not on its lane."""
+    return jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s), stage))(
+        jnp.asarray(lanes, jnp.uint32)
+    )
+
+
+def map_seeds(
+    function: Callable[..., Any],
+    per_seed: Sequence[bool],
+    mesh: Mesh,
+    donate: bool = False,
+) -> Any:
+    """Jits `function` over the leading axis of its per-seed arguments.
+
+    The lanes are split over the devices; a device vmaps its lanes if it is an
+    accelerator and loops over them if it is a CPU core, where vmap is slower.
+
+    Args:
+        function: of arrays, for one seed.
+        per_seed: for each argument, True if it has the lanes' axis, False if shared.
+        donate: let the result reuse the first argument's buffers.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+
+    def on_device(*args: Any) -> Any:
+        if not on_cpu:
+            return jax.vmap(function, [0 if own else None for own in per_seed])(*args)
+        own_args = [a for a, own in zip(args, per_seed, strict=True) if own]
+
+        def one_lane(lane: list[Any]) -> Any:
+            own_lane = iter(lane)
+            return function(
+                *(
+                    next(own_lane) if own else a
+                    for a, own in zip(args, per_seed, strict=True)
+                )
+            )
+
+        return jax.lax.map(one_lane, own_args)
+
+    in_specs = tuple(P("seed") if own else P() for own in per_seed)
+    sharded = jax.shard_map(
+        on_device, mesh=mesh, in_specs=in_specs, out_specs=P("seed"), check_vma=False
+    )
+    return jax.jit(sharded, donate_argnums=(0,) if donate else ())
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Copies a pytree of numpy arrays to every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def split(tree: Any, mesh: Mesh) -> Any:
+    """Lays a pytree with a leading lane axis out over the devices."""
+    return jax.device_put(tree, NamedSharding(mesh, P("seed")))
