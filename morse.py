@@ -283,7 +283,7 @@ class Options:
     num_morse_updates: int = 10_000  # gradient steps of each network
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds seed, seed + 1, ...
-    normalize_obs: bool | None = None  # none: on locomotion, pointmaze
+    normalize_obs: bool | None = None  # standardise; none: all but antmaze
     num_points: int = 20_000  # most pairs in each of the report's four sets
     run_dir: Path = Path("runs")  # the run's own folder is made in here
     morse: Config = Config()
@@ -378,11 +378,16 @@ def draw_toy(path: Path, title: str, action, axis, fitted, optimum) -> None:
     left.plot(*np.asarray(action[:2000]).T, ".", markersize=2, color="tab:red")
     left.set_title("Actions in the data")
     filled = middle.contourf(axis, axis, fitted, np.linspace(0, 1, 11))
-    edge = dict(colors="white", linestyles="--", linewidths=1)
-    middle.contour(axis, axis, optimum, [0.5], **edge)
+    middle.contour(axis, axis, optimum, [0.5], colors="white", linestyles="--")
     middle.set_title("Certainty; dashed: where the optimum is 1/2")
     right.plot_surface(
-        *np.meshgrid(axis, axis), fitted, cmap="viridis", rcount=133, ccount=133
+        *np.meshgrid(axis, axis),
+        fitted,
+        cmap="viridis",
+        rcount=200,
+        ccount=200,
+        linewidth=0,
+        antialiased=False,
     )
     right.set_title("The same as a surface")
     right.set(zlim=(0, 1), zticks=(0, 0.5, 1))
@@ -428,9 +433,10 @@ def calibrate(options: Options) -> Path:
     obs, action = np.asarray(ds.obs), np.asarray(ds.action)
     normalize = options.normalize_obs
     if normalize is None:
-        normalize = ds.domain in ("locomotion", "pointmaze")
+        normalize = ds.domain != "antmaze"
     if normalize:
-        obs = (obs - obs.mean(0)) / (obs.std(0) + 1e-3)
+        std = obs.std(axis=0, dtype=np.float64) + 1e-3
+        obs = ((obs - obs.mean(axis=0, dtype=np.float64)) / std).astype(np.float32)
 
     rows_of = [rng.permutation(np.flatnonzero(part)) for part in (~held_out, held_out)]
     seen, unseen = (rows[: options.num_points] for rows in rows_of)
@@ -455,9 +461,9 @@ def calibrate(options: Options) -> Path:
             )
             row = {"scale": scale, "seed": seed}
             log_m = {}
-            for name, pairs in sets.items():
+            for name, (s, a) in sets.items():
                 log_m[name] = np.asarray(
-                    log_density(params, *pairs, scale, options.morse)
+                    log_density(params, s, a, scale, options.morse)
                 )
                 pooled[scale][name].extend(np.exp(log_m[name]))
                 row[f"certainty_{name}"] = float(np.exp(log_m[name]).mean())
@@ -470,7 +476,10 @@ def calibrate(options: Options) -> Path:
         writer.writerows(rows)
     table = calibration_table(rows)
     print(table)
-    title = f"{options.dataset}, {options.num_morse_updates:,} updates"
+    title = (
+        f"Morse networks on {options.dataset}: {options.num_morse_updates:,} updates, "
+        f"seeds: {options.num_seeds}"
+    )
     draw_calibration(folder / "calibration.png", f"{title}\n\n{table}", pooled)
     return folder
 
@@ -480,13 +489,13 @@ def calibration_table(rows: list[dict[str, float]]) -> str:
     import numpy as np
 
     names = [name for name in rows[0] if name not in ("scale", "seed")]
-    lines = ["   scale" + "".join(f"{name:>22}" for name in names)]
+    lines = ["   scale" + "".join(f"{name:>19}" for name in names)]
     for scale in dict.fromkeys(row["scale"] for row in rows):
         cells = [f"{scale:>8g}"]
         for name in names:
             values = [row[name] for row in rows if row["scale"] == scale]
             spread = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3f}{spread}".rjust(22))
+            cells.append(f"{np.mean(values):.3f}{spread}".rjust(19))
         lines.append("".join(cells))
     return "\n".join(lines)
 
@@ -496,6 +505,7 @@ def draw_calibration(path: Path, title: str, pooled: dict[float, dict]) -> None:
     import numpy as np
     from matplotlib.figure import Figure
 
+    bins = np.linspace(0, 1, 41)
     columns = min(len(pooled), 4)
     rows = -(-len(pooled) // columns)
     size = (max(11.0, 4.0 * columns), 3.4 * rows + 0.2 * len(pooled) + 0.8)
@@ -507,7 +517,7 @@ def draw_calibration(path: Path, title: str, pooled: dict[float, dict]) -> None:
     for axes, (scale, sets) in zip(grid.flat, pooled.items(), strict=False):
         for name, values in sets.items():
             share = np.full(len(values), 1 / len(values))
-            axes.hist(values, 40, (0, 1), weights=share, histtype="step", label=name)
+            axes.hist(values, bins, weights=share, histtype="step", label=name)
         axes.set(title=f"lam = {scale:g}", xlabel="certainty M(s, a)", yscale="log")
         axes.grid(alpha=0.25)
     grid[0, 0].set_ylabel("share of pairs per bin")
@@ -521,7 +531,7 @@ def draw_calibration(path: Path, title: str, pooled: dict[float, dict]) -> None:
 def main() -> None:
     from common import run
 
-    run.guarded(command)()
+    run.guarded(command)
 
 
 def command() -> None:

@@ -121,7 +121,7 @@ class Transition(NamedTuple):
 
 
 class Supervisor(NamedTuple):
-    """The frozen Morse network and the temperature; traced, so sweeps share a compile."""
+    """The frozen Morse network and the temperature; traced: a sweep is one compile."""
 
     params: Params  # of the perturbation model f
     scale: jax.Array  # () lam
@@ -184,15 +184,16 @@ class Critic(nn.Module):
 def policy(actor: Params, obs: jax.Array, config: Config) -> jax.Array:
     """The deterministic action pi(s), (..., A) in [-1, 1]."""
     action_dim = actor["params"][f"Dense_{len(config.hidden_dims)}"]["bias"].shape[-1]
-    return Actor(config.hidden_dims, action_dim).apply(actor, obs)
+    apply: Any = Actor(config.hidden_dims, action_dim).apply
+    return apply(actor, obs)
 
 
 def q_values(
     critics: Params, obs: jax.Array, action: jax.Array, config: Config
 ) -> jax.Array:
     """Both critics' Q(s, a), (2, B)."""
-    critic = Critic(config.hidden_dims, bool(config.critic_layer_norm))
-    return jax.vmap(critic.apply, (0, None, None))(critics, obs, action)
+    apply: Any = Critic(config.hidden_dims, bool(config.critic_layer_norm)).apply
+    return jax.vmap(apply, (0, None, None))(critics, obs, action)
 
 
 # ============================================================================ Losses
@@ -259,9 +260,8 @@ def optimizers(
     config: Config,
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """Adam for the actor and for the critics."""
-    return optax.adam(config.actor_learning_rate), optax.adam(
-        config.critic_learning_rate
-    )
+    actor, critics = config.actor_learning_rate, config.critic_learning_rate
+    return optax.adam(actor), optax.adam(critics)
 
 
 def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> AgentState:
@@ -291,9 +291,10 @@ def update_critics(
     grad, metrics = jax.grad(critic_loss, has_aux=True)(
         agent.critics, batch, target, config
     )
-    step, critic_opt = optimizers(config)[1].update(grad, agent.critic_opt)
+    _, adam = optimizers(config)
+    step, critic_opt = adam.update(grad, agent.critic_opt)
     critics = optax.apply_updates(agent.critics, step)
-    metrics["critic_grad_norm"] = optax.global_norm(grad)
+    metrics["critic_grad_norm"] = optax.tree.norm(grad)
     return agent._replace(critics=critics, critic_opt=critic_opt), metrics
 
 
@@ -304,15 +305,14 @@ def update_actor(
     grad, metrics = jax.grad(actor_loss, has_aux=True)(
         agent.actor, agent.critics, bst, batch, config
     )
-    step, actor_opt = optimizers(config)[0].update(grad, agent.actor_opt)
+    adam, _ = optimizers(config)
+    step, actor_opt = adam.update(grad, agent.actor_opt)
     actor = optax.apply_updates(agent.actor, step)
-    metrics["actor_grad_norm"] = optax.global_norm(grad)
+    metrics["actor_grad_norm"] = optax.tree.norm(grad)
     return agent._replace(
         actor=actor,
         actor_opt=actor_opt,
-        target_actor=optax.incremental_update(
-            actor, agent.target_actor, config.polyak
-        ),
+        target_actor=optax.incremental_update(actor, agent.target_actor, config.polyak),
         target_critics=optax.incremental_update(
             agent.critics, agent.target_critics, config.polyak
         ),
@@ -364,18 +364,13 @@ def prepare(
     if config.normalize_obs:
         mean = obs.mean(axis=0, dtype=np.float64).astype(np.float32)
         std = (obs.std(axis=0, dtype=np.float64) + 1e-3).astype(np.float32)
-    reward = np.asarray(data.reward, np.float32) * config.reward_scale
-    return (
-        Transition(
-            obs=(obs - mean) / std,
-            action=np.asarray(data.action, np.float32),
-            reward=(reward + config.reward_shift).astype(np.float32),
-            next_obs=(np.asarray(data.next_obs, np.float32) - mean) / std,
-            terminal=np.asarray(data.terminal, np.float32),
-        ),
-        mean,
-        std,
-    )
+    reward = config.reward_scale * np.asarray(data.reward, np.float32)
+    reward = (config.reward_shift + reward).astype(np.float32)
+    next_obs = (np.asarray(data.next_obs, np.float32) - mean) / std
+    action = np.asarray(data.action, np.float32)
+    terminal = np.asarray(data.terminal, np.float32)
+    arrays = ((obs - mean) / std, action, reward, next_obs, terminal)
+    return Transition._make(arrays), mean, std
 
 
 def train(
@@ -410,7 +405,7 @@ def train(
 def main(args: list[str] | None = None) -> None:
     """Loads, pretrains, trains, evaluates and writes; see `--help`."""
     from common import datasets, run, seeds
-    from common.options import RunOptions, parse
+    from common.options import parse
 
     options, config = parse("td3_bst", Config(), __doc__ or "", args)
     begin = time.perf_counter()
@@ -441,11 +436,9 @@ def main(args: list[str] | None = None) -> None:
     shape = (len(job.lanes),)
     scale, mu = np.full(shape, config.scale), np.full(shape, config.mu)
     bst = Supervisor(params, *job.split((np.float32(scale), np.float32(mu))))
-    program = job.chunked(
-        partial(train, config=config), True, True, False, True, False
-    )
-    keys, total, every = job.keys(2), job.options.num_updates, job.options.eval_every
-    for start, length in job.chunks("TD3-BST", step, total, every):
+    program = job.chunked(partial(train, config=config), True, True, False, True, False)
+    keys = job.keys(2)
+    for start, length in job.chunks("TD3-BST", step, job.num_updates, job.eval_every):
         with job.timed("training"):
             agent, metrics = program(length, agent, bst, data, keys, np.int32(start))
             job.record(metrics, length)
@@ -456,7 +449,7 @@ def main(args: list[str] | None = None) -> None:
     job.finish(
         agent.actor,
         lambda obs, action: morse.certainty(
-            first.params, obs, action, first.scale, config.morse_net
+            first.params, jnp.asarray(obs), action, first.scale, config.morse_net
         ),
     )
 

@@ -53,7 +53,7 @@ def save_tree(path: Path, tree: Any, meta: dict[str, Any]) -> None:
     """Writes a pytree of arrays, named by their place in it, beside JSON `meta`."""
     named, _ = jax.tree_util.tree_flatten_with_path(tree)
     arrays = {
-        jax.tree_util.keystr(place): np.ascontiguousarray(leaf) for place, leaf in named
+        jax.tree_util.keystr(place): np.asarray(leaf, order="C") for place, leaf in named
     }
     write_bytes(path, save(arrays, {"meta": json.dumps(meta, sort_keys=True)}))
 
@@ -69,7 +69,9 @@ def load_tree(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
     wanted = {jax.tree_util.keystr(place): np.shape(leaf) for place, leaf in named}
     found = {name: array.shape for name, array in arrays.items()}
     if wanted != found:
-        name = next(n for n in sorted({*wanted, *found}) if wanted.get(n) != found.get(n))
+        name = next(
+            n for n in sorted({*wanted, *found}) if wanted.get(n) != found.get(n)
+        )
         raise UserError(
             f"{path} does not fit this run: {name} has shape {found.get(name)} there, "
             f"expected {wanted.get(name)}"

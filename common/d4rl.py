@@ -7,10 +7,12 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Iterator
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import IO
 
+import gymnasium as gym
 import h5py
 import numpy as np
 from tqdm import tqdm
@@ -48,19 +50,20 @@ WHY_NO_ENV = {
 }
 
 
-def _urls() -> dict[str, str]:
-    """Path below HOST for every D4RL name, after D4RL's own list."""
-    urls = {}
+def _locomotion_urls() -> Iterator[tuple[str, str]]:
     levels = ("random", "medium", "expert", "medium-replay", "medium-expert")
     for agent in ("halfcheetah", "hopper", "walker2d", "ant"):
         for level in levels:
             file = level.replace("medium-replay", "mixed").replace("-", "_")
             stem = "walker" if (agent, file) == ("walker2d", "mixed") else agent
-            urls[f"{agent}-{level}-v0"] = f"gym_mujoco/{stem}_{file}.hdf5"
+            yield f"{agent}-{level}-v0", f"gym_mujoco/{stem}_{file}.hdf5"
         for level in (*levels, "full-replay"):
             for n in (1, 2):
                 file = f"{agent}_{level.replace('-', '_')}-v{n}.hdf5"
-                urls[f"{agent}-{level}-v{n}"] = f"gym_mujoco_v{n}/{file}"
+                yield f"{agent}-{level}-v{n}", f"gym_mujoco_v{n}/{file}"
+
+
+def _maze_urls() -> Iterator[tuple[str, str]]:
     mazes = {
         "umaze": "u-maze_noisy_multistart_False_multigoal_False",
         "umaze-diverse": "u-maze_noisy_multistart_True_multigoal_True",
@@ -70,13 +73,16 @@ def _urls() -> dict[str, str]:
         "large-diverse": "hardest-maze_noisy_multistart_True_multigoal_True",
     }
     for maze, file in mazes.items():
-        urls[f"antmaze-{maze}-v0"] = f"ant_maze_new/Ant_maze_{file}_sparse.hdf5"
-        urls[f"antmaze-{maze}-v2"] = f"ant_maze_v2/Ant_maze_{file}_sparse_fixed.hdf5"
+        yield f"antmaze-{maze}-v0", f"ant_maze_new/Ant_maze_{file}_sparse.hdf5"
+        yield f"antmaze-{maze}-v2", f"ant_maze_v2/Ant_maze_{file}_sparse_fixed.hdf5"
     for kind, infix in (("sparse", ""), ("dense", "-dense")):
-        urls[f"maze2d-open{infix}-v0"] = f"maze2d/maze2d-open-{kind}.hdf5"
+        yield f"maze2d-open{infix}-v0", f"maze2d/maze2d-open-{kind}.hdf5"
         for size in ("umaze", "medium", "large"):
-            name = f"maze2d-{size}{infix}-v1"
-            urls[name] = f"maze2d/maze2d-{size}-{kind}-v1.hdf5"
+            file = f"maze2d/maze2d-{size}-{kind}-v1.hdf5"
+            yield f"maze2d-{size}{infix}-v1", file
+
+
+def _manipulation_urls() -> Iterator[tuple[str, str]]:
     hands = {
         "human": "{}-v0_demos_clipped",
         "cloned": "{}-demos-v0-bc-combined",
@@ -84,19 +90,19 @@ def _urls() -> dict[str, str]:
     }
     for agent in ("pen", "door", "hammer", "relocate"):
         for level, file in hands.items():
-            urls[f"{agent}-{level}-v0"] = f"hand_dapg/{file.format(agent)}.hdf5"
-            urls[f"{agent}-{level}-v1"] = f"hand_dapg_v1/{agent}-{level}-v1.hdf5"
+            yield f"{agent}-{level}-v0", f"hand_dapg/{file.format(agent)}.hdf5"
+            yield f"{agent}-{level}-v1", f"hand_dapg_v1/{agent}-{level}-v1.hdf5"
     kitchen = {
         "complete": "mini_kitchen_microwave_kettle_light_slider",
         "partial": "kitchen_microwave_kettle_light_slider",
         "mixed": "kitchen_microwave_kettle_bottomburner_light",
     }
     for level, file in kitchen.items():
-        urls[f"kitchen-{level}-v0"] = f"kitchen/{file}-v0.hdf5"
-    return urls
+        yield f"kitchen-{level}-v0", f"kitchen/{file}-v0.hdf5"
 
 
-URLS = _urls()
+# The path below HOST of every D4RL name, after D4RL's own list.
+URLS = {**dict(_locomotion_urls()), **dict(_maze_urls()), **dict(_manipulation_urls())}
 
 
 def name_of(path: Path) -> str:
@@ -105,6 +111,12 @@ def name_of(path: Path) -> str:
         return ""
     by_file = {Path(url).stem: name for name, url in URLS.items()}
     return path.stem if path.stem in URLS else by_file.get(path.stem, "")
+
+
+def agent_of(name: str) -> str:
+    """What a D4RL name has before its level: "hopper", "antmaze-umaze", "pen"."""
+    match = re.match(r"(?:antmaze|maze2d)-[a-z]+|[a-z0-9]+", name)
+    return match[0] if match else ""
 
 
 def domain_of(name: str) -> str:
@@ -119,17 +131,20 @@ def choose_task(name: str, eval_map: str) -> tuple[tasks.Task | None, str]:
     """The task of a D4RL name, or None and one sentence that says why."""
     agent = name.partition("-")[0]
     if agent in ENV_IDS:
-        spec = tasks.find_spec(ENV_IDS[agent])
+        try:
+            spec = tasks.find_spec(ENV_IDS[agent])
+        except gym.error.Error as error:
+            return None, f"{ENV_IDS[agent]} is not installed: {error}"
         return tasks.choose_task(spec, None, eval_map, ())
     why = "An own file names no environment to evaluate in."
     return None, WHY_NO_ENV.get(agent, why)
 
 
-def fetch(name: str, host: str = HOST) -> Path:
-    """The cached file of a D4RL name, downloaded from `host` on first use."""
+def fetch(name: str) -> Path:
+    """The cached file of a D4RL name, downloaded from HOST on first use."""
     path = cache_dir() / "d4rl" / f"{name}.hdf5"
     if not _opens(path):
-        download(host + URLS[name], path)
+        download(HOST + URLS[name], path)
     return path
 
 
@@ -255,8 +270,7 @@ def _rows(
 
 def _timeouts_by_length(terminal: np.ndarray, name: str) -> np.ndarray:
     """Time-outs (N,) of an old D4RL file, by the episode length as D4RL infers them."""
-    agent = re.match(r"(?:antmaze|maze2d)-[a-z]+|[a-z0-9]+", name)
-    horizon = tasks.HORIZONS.get(agent[0], 1000) if agent else 1000
+    horizon = tasks.HORIZONS.get(agent_of(name), 1000)
     timeout = np.zeros(len(terminal), bool)
     step = 0
     for i, ended in enumerate(terminal.tolist()):
@@ -270,7 +284,7 @@ def _timeouts_by_length(terminal: np.ndarray, name: str) -> np.ndarray:
 
 def _read_npz(path: Path, source: str) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise UserError(f"{source} is not an .npz archive of named arrays.")
             _check_keys(source, list(file))
@@ -290,8 +304,9 @@ def _read_hdf5(path: Path, source: str) -> dict[str, np.ndarray]:
                     raise UserError(f"{source}: {key} is a group, not an array.")
                 if item is not None:
                     arrays[key] = np.asarray(item[()])
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{source} cannot be read as HDF5: {error}") from None
+    _check_keys(source, list(arrays))  # a dangling link is a key without an array
     return arrays
 
 

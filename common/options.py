@@ -17,7 +17,7 @@ from common.errors import UserError
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What to train on, for how long, and where to write it."""
+    """What to train on, for how long, where to write it. Counts are critic updates."""
 
     dataset: str = EMBEDDED  # Minari id, D4RL name, .hdf5 or .npz file; join by +
     seed: int = 0  # the first seed
@@ -33,11 +33,9 @@ class RunOptions:
     track: Literal["none", "tensorboard", "wandb"] = "none"  # a tracker beside log.csv
 
     def __post_init__(self) -> None:
-        for name, least in dict(
-            seed=0, num_seeds=1, num_updates=1, num_morse_updates=1
-        ).items():
-            _at_least(name, getattr(self, name), least)
-        _at_least("eval_every", self.eval_every, 1)
+        for name in ("num_seeds", "num_updates", "num_morse_updates", "eval_every"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("seed", self.seed, 0)
         _at_least("eval_episodes", self.eval_episodes, 0)
         if self.seed + self.num_seeds > 2**32:
             raise ValueError(f"seeds must be below 2**32, got {self.seed}")

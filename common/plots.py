@@ -12,7 +12,7 @@ from common.datasets import Dataset
 from common.rollout import NumpyPolicy
 
 # (obs (B, S) as the networks see them, action (B, A) in [-1, 1]) -> certainty (B,)
-Density = Callable[[np.ndarray, np.ndarray], Any]
+Density = Callable[[Any, Any], Any]
 
 GRID = 61  # points per axis of a certainty map
 NEIGHBOURS = 60  # data actions shown per state
@@ -26,7 +26,7 @@ def curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     height = -(-len(names) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.3 * height + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(height, columns, squeeze=False).flat
+    axes = list(figure.subplots(height, columns, squeeze=False).flat)
     seeds = sorted({int(r["seed"]) for r in rows})
     for name, ax in zip(names, axes, strict=False):
         for seed in seeds:
@@ -36,7 +36,7 @@ def curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
         ax.set_title(name, fontsize=10)
         ax.tick_params(labelsize=8)
         ax.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
-    for ax in list(axes)[len(names) :]:
+    for ax in axes[len(names) :]:
         ax.set_axis_off()
     if len(seeds) > 1:
         figure.axes[0].legend(title="seed", fontsize=7, title_fontsize=7)
@@ -63,7 +63,7 @@ def certainty(
     figure = Figure(figsize=(11, 7.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3, sharex=True, sharey=True)
-    level = None
+    level: Any = None
     for ax, i in zip(axes.flat, index, strict=True):
         chosen = _in_box(policy, dataset.obs[i])
         grid = np.tile(chosen, (GRID * GRID, 1))

@@ -55,7 +55,9 @@ def layers_of(actor: Mapping[str, Any]) -> tuple[tuple[np.ndarray, np.ndarray], 
     )
 
 
-def export(folder: Path, policy: NumpyPolicy, seeds: Sequence[int], about: dict) -> None:
+def export(
+    folder: Path, policy: NumpyPolicy, seeds: Sequence[int], about: dict
+) -> None:
     """Writes `seed<k>.safetensors` per seed and `policy.json`: no time, no path."""
     for i, seed in enumerate(seeds):
         arrays = {

@@ -6,7 +6,6 @@ down what came.
 
 import csv
 import dataclasses
-import importlib
 import importlib.metadata
 import io
 import platform
@@ -26,11 +25,10 @@ import numpy as np
 from tqdm import tqdm
 
 import morse
-from common import checkpoint, plots, rollout, seeds
+from common import checkpoint, plots, report, rollout, seeds
 from common.datasets import Dataset
 from common.errors import UserError
 from common.options import RunOptions, resolve, to_json
-from common.tasks import normalized_score
 
 CHUNK = 1000  # updates per compiled scan, at most
 
@@ -128,7 +126,7 @@ def load_morse(
     fingerprint: str,
     standardised: bool,
 ) -> Any:
-    """Reads what `save_morse` wrote; UserError unless data and settings are the same."""
+    """Reads what `save_morse` wrote; UserError unless data and settings agree."""
     path = folder / "morse" / f"scale{float(scale):g}-seed{seed}.safetensors"
     if not path.is_file():
         there = sorted(p.stem for p in (folder / "morse").glob("*.safetensors"))
@@ -181,8 +179,10 @@ class Run:
         """
         self.algorithm, self.dataset, self.config = algorithm, dataset, config
         self.options = resolve(options, dataset, getattr(config, "policy_delay", 1))
+        self.num_updates = self.options.num_updates or 0
+        self.eval_every = self.options.eval_every or 1
         self.obs_mean, self.obs_std = obs_mean, obs_std
-        open_tracker = _tracker(self.options.track, algorithm)
+        open_tracker = report.tracker(self.options.track, algorithm)
         self.seeds = list(range(options.seed, options.seed + options.num_seeds))
         self.mesh = seeds.mesh(len(self.seeds))
         self.lanes = seeds.lanes(self.seeds, self.mesh)
@@ -191,14 +191,16 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self._sums: dict[str, np.ndarray] = {}
         self._count = 0
-        self._pending: tuple[int, Future[Any] | None, list[dict[str, Any]]] | None = None
+        self._pending: tuple[int, Future[Any] | None, list[dict]] | None = None
         self._pool = ThreadPoolExecutor(1, "evaluation")
         self._evaluator: rollout.Evaluator | None = None
         self.folder = self._open(options.resume)
-        self.tracker = open_tracker(self.folder, _flat(config))
+        self.tracker = open_tracker(self.folder, report.flat(config))
         print(device_line())
-        print(f"dataset: {describe(dataset)}")
-        print("options: " + " ".join(f"{k}={v}" for k, v in _flat(config).items()))
+        print(f"dataset: {report.describe(dataset)}")
+        print(
+            "options: " + " ".join(f"{k}={v}" for k, v in report.flat(config).items())
+        )
         if dataset.task is None:
             print(f"evaluation is off: {dataset.why_no_task}")
         print(f"run: {self.folder}", flush=True)
@@ -219,6 +221,12 @@ class Run:
                     "(its fingerprint differs)"
                 )
             folder = resume
+            done = max(map(_step_of, self._checkpoints(folder)), default=0)
+            if done > self.num_updates:
+                raise UserError(
+                    f"{folder} has trained {done} updates, --num-updates "
+                    f"{self.num_updates} is fewer than its {done}"
+                )
         else:
             slug = self.dataset.name.split("+")[0].removesuffix(".hdf5")
             slug = "".join(c if c.isalnum() or c in "._" else "-" for c in slug)[-60:]
@@ -277,7 +285,7 @@ class Run:
     def chunked(
         self, function: Callable[..., Any], *per_seed: bool
     ) -> Callable[..., Any]:
-        """Maps `function(..., num_updates=length)` over the seeds, one compile a length.
+        """Maps `function(..., num_updates=length)` over the seeds; compiles per length.
 
         The first argument is donated. Returns a callable of (length, *arguments).
         """
@@ -323,7 +331,7 @@ class Run:
 
     def due(self, step: int) -> bool:
         """Whether `step` is one to evaluate and write a checkpoint at."""
-        return step % self.options.eval_every == 0 or step == self.options.num_updates
+        return step % self.eval_every == 0 or step == self.num_updates
 
     def checkpoint(self, step: int, state: Any, actor: Any) -> None:
         """Writes a checkpoint and starts the evaluation of `actor` beside the training.
@@ -347,7 +355,7 @@ class Run:
             path = self.folder / "checkpoint" / f"step-{step:09d}.safetensors"
             meta = dict(step=step, rows=rows, seeds=self.seeds)
             checkpoint.save_tree(path, self._own(state), meta)
-            for old in sorted(path.parent.glob("step-*.safetensors"))[:-2]:
+            for old in self._checkpoints(self.folder)[:-2]:
                 old.unlink()
         self._evaluate(step, actor, rows)
 
@@ -357,7 +365,7 @@ class Run:
         None if the run is new or died before its first checkpoint. `evaluate_again`
         then writes the rows of that step, which may have been lost.
         """
-        paths = sorted((self.folder / "checkpoint").glob("step-*.safetensors"))
+        paths = self._checkpoints(self.folder)
         if not paths:
             return None
         state, meta = checkpoint.load_tree(paths[-1], self._own(template))
@@ -366,6 +374,10 @@ class Run:
         print(f"resumed at update {meta['step']} from {paths[-1]}")
         self._restored_rows = meta["rows"]
         return self.spread(state), int(meta["step"])
+
+    @staticmethod
+    def _checkpoints(folder: Path) -> list[Path]:
+        return sorted((folder / "checkpoint").glob("step-*.safetensors"), key=_step_of)
 
     def _own(self, tree: Any) -> Any:
         """The seeds' share of the lanes, as numpy."""
@@ -428,7 +440,7 @@ class Run:
         self.rows += rows
         self._write_log(rows)
         self.tracker(rows)
-        tqdm.write(_line(step, rows), file=sys.stdout)
+        tqdm.write(report.line(step, rows), file=sys.stdout)
 
     def _write_log(self, new: list[dict[str, Any]] | None = None) -> None:
         """Appends `new` rows in one write, or writes the whole log anew."""
@@ -455,7 +467,7 @@ class Run:
             return []
         with path.open(newline="", encoding="utf-8") as file:
             rows = [r for r in csv.DictReader(file) if None not in r.values()]
-        return [{k: _number(v) for k, v in row.items()} for row in rows]
+        return [{k: report.number(v) for k, v in row.items()} for row in rows]
 
     def finish(self, actor: Any, density: plots.Density | None = None) -> None:
         """Writes policy, result and pictures; prints the table and, last, the folder.
@@ -484,7 +496,7 @@ class Run:
         self._pool.shutdown()
         if self._evaluator:
             self._evaluator.close()
-        print(_table(self.rows[-len(self.seeds) :], self.dataset))
+        print(report.table(self.rows[-len(self.seeds) :], self.dataset))
         print(self.folder, flush=True)
 
     def _write_result(self) -> None:
@@ -503,10 +515,13 @@ class Run:
                 dataset=self.dataset.name,
                 seeds=self.seeds,
                 step=last[0]["step"],
-                **{f"{k}s": [_number(r[k]) for r in last] for k in ("score", "return")},
-                success=[_number(r["success"]) for r in last],
-                lengths=[_number(r["length"]) for r in last],
-                data=_data_figures(self.dataset),
+                **{
+                    f"{k}s": [report.number(r[k]) for r in last]
+                    for k in ("score", "return")
+                },
+                success=[report.number(r["success"]) for r in last],
+                lengths=[report.number(r["length"]) for r in last],
+                data=report.data_figures(self.dataset),
                 eval_map=task.eval_map if task else None,
                 eval_episodes=self.options.eval_episodes,
                 wall=wall,
@@ -522,8 +537,12 @@ class Run:
 # ============================================================================ Helpers
 
 
+def _step_of(checkpoint_path: Path) -> int:
+    return int(checkpoint_path.stem.removeprefix("step-"))
+
+
 def fit_morse(
-    job: Run, state: Any, obs: jax.Array, action: jax.Array, scale: float, config: Any
+    job: Run, state: Any, obs: Any, action: Any, scale: float | None, config: Any
 ) -> Any:
     """One Morse network per lane: fitted, or read from the run that --morse names.
 
@@ -533,6 +552,7 @@ def fit_morse(
     Returns:
         The networks' parameters, with the lane axis.
     """
+    assert scale is not None
     options, data = job.options, job.dataset
     standardised = bool(np.any(job.obs_mean != 0))
     about = (scale, config, data.fingerprint, standardised)
@@ -543,12 +563,11 @@ def fit_morse(
     else:
 
         def train(state, obs, action, key, start, lam, num_updates):
-            return morse.train(
-                state, obs, action, key, start, num_updates, lam, config
-            )
+            return morse.train(state, obs, action, key, start, num_updates, lam, config)
 
         program = job.chunked(train, True, False, False, True, False, False)
         keys, total = job.keys(1), options.num_morse_updates or 0
+        metrics = {}
         lam = np.float32(scale)
         for start, length in job.chunks("Morse network", 0, total, total):
             with job.timed("pretraining"):
@@ -562,112 +581,3 @@ def fit_morse(
         own = jax.tree.map(lambda x, i=i: np.asarray(x)[i], params)
         save_morse(job.folder, seed, own, *about)
     return params
-
-
-def describe(dataset: Dataset) -> str:
-    """One line: name, size, dimensions, what the behaviour reached."""
-    figures = _data_figures(dataset)
-    return (
-        f"{dataset.name}, {dataset.num_transitions} transitions in "
-        f"{len(dataset.episode_lengths)} episodes, observations {dataset.obs_dim}, "
-        f"actions {dataset.action_dim}, mean return {figures['return']:.4g}, mean "
-        f"length {figures['length']:.4g}, domain {dataset.domain}"
-        + (" (defaults untested there)" if dataset.domain == "other" else "")
-    )
-
-
-def _data_figures(dataset: Dataset) -> dict[str, float]:
-    returns = np.asarray(dataset.episode_returns, np.float64)
-    figures = {"return": float(returns.mean())}
-    figures["length"] = float(np.mean(dataset.episode_lengths))
-    if dataset.task is not None:
-        success = float((returns > 0).mean())
-        figures["score"] = normalized_score(dataset.task, figures["return"], success)
-        if dataset.task.ends_at_success:
-            figures["success"] = success
-    return figures
-
-
-def _flat(config: Any) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in to_json(config).items():
-        nested = isinstance(value, dict)
-        flat |= {f"{name}.{k}": v for k, v in value.items()} if nested else {name: value}
-    return flat
-
-
-def _number(text: Any) -> Any:
-    """A log's cell as int, float or None."""
-    if isinstance(text, str):
-        if not text:
-            return None
-        return int(text) if text.lstrip("-").isdigit() else float(text)
-    return text
-
-
-def _line(step: int, rows: list[dict[str, Any]]) -> str:
-    """One evaluation for people: mean over the seeds of the main quantities."""
-    parts = [f"update {step:>8}"]
-    for name in ("score", "return", "length", "certainty", "omega", "q", "critic_loss"):
-        values = [r[name] for r in rows if r.get(name, "") != ""]
-        if values:
-            parts.append(f"{name} {np.mean(values):.4g}")
-    return "  ".join(parts)
-
-
-def _table(rows: list[dict[str, Any]], dataset: Dataset) -> str:
-    """The last evaluation, a line per seed, mean and sd, and the data beside them."""
-    names = ("score", "return", "success", "length")
-
-    def line(label: str, values: Mapping[str, Any]) -> str:
-        cells = [_number(values.get(n)) for n in names]
-        shown = ["-" if c is None or np.isnan(c) else f"{c:.4g}" for c in cells]
-        return f"{label:>8}" + "".join(f"{c:>12}" for c in shown)
-
-    lines = [" " * 8 + "".join(f"{n:>12}" for n in names)]
-    lines += [line(f"seed {row['seed']}", row) for row in rows]
-    if len(rows) > 1 and _number(rows[0]["return"]) is not None:
-        stacked = {n: np.array([row[n] for row in rows], float) for n in names}
-        lines.append(line("mean", {n: float(v.mean()) for n, v in stacked.items()}))
-        lines.append(line("sd", {n: float(v.std(ddof=1)) for n, v in stacked.items()}))
-    lines.append(line("data", _data_figures(dataset)))
-    return "\n".join(lines)
-
-
-def _tracker(
-    kind: str, algorithm: str
-) -> Callable[[Path, dict[str, Any]], Callable[[list[dict[str, Any]]], None]]:
-    """Opens a tracker: (folder, options) -> a function of the new rows.
-
-    Raises:
-        UserError: its package is not installed.
-    """
-    package = {"none": "json", "tensorboard": "tensorboardX", "wandb": "wandb"}[kind]
-    try:
-        module = importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(
-            f"--track {kind} needs {package}: uv sync --extra {kind}"
-        ) from error
-
-    def open_tracker(folder: Path, options: dict[str, Any]) -> Callable[..., None]:
-        if kind == "tensorboard":
-            writer = module.SummaryWriter(str(folder / "tensorboard"))
-            send = writer.add_scalar
-        elif kind == "wandb":
-            own = module.init(project=algorithm, name=folder.name, config=options)
-
-            def send(name: str, value: float, step: int) -> None:
-                own.log({name: value, "step": step})
-        else:
-            return lambda rows: None
-
-        def track(rows: list[dict[str, Any]]) -> None:
-            for row in rows:
-                for name, value in row.items():
-                    if name not in ("seed", "step") and value != "":
-                        send(f"seed{row['seed']}/{name}", value, row["step"])
-
-        return track
-
-    return open_tracker

@@ -1,5 +1,6 @@
 """Seeds as a leading axis, on whatever devices there are."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,9 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 
 def use_cores(num_seeds: int) -> None:
-    """Makes one host device per seed, at most one per core; call before any array."""
+    """Makes one host device per seed, at most one per core.
+
+    Does nothing once JAX has started; then the devices are what they are.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    jax.config.update("jax_num_cpu_devices", max(1, min(cores, num_seeds)))
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", max(1, min(cores, num_seeds)))
 
 
 def mesh(num_seeds: int) -> Mesh:

@@ -216,7 +216,9 @@ def register() -> None:
         import mujoco
 
         gym.register_envs(gymnasium_robotics)
-    mujoco.set_mju_user_warning(_print_mujoco_warning)
+    mujoco.set_mju_user_warning(  # pyright: ignore[reportAttributeAccessIssue]
+        _print_mujoco_warning
+    )
 
 
 def find_spec(env_id: str) -> EnvSpec:

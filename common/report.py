@@ -1,0 +1,124 @@
+"""What a run tells people: one line per evaluation, the last table, a tracker."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.datasets import Dataset
+from common.errors import UserError
+from common.options import to_json
+from common.tasks import normalized_score
+
+
+def describe(dataset: Dataset) -> str:
+    """One line: name, size, dimensions, what the behaviour reached."""
+    figures = data_figures(dataset)
+    return (
+        f"{dataset.name}, {dataset.num_transitions} transitions in "
+        f"{len(dataset.episode_lengths)} episodes, observations {dataset.obs_dim}, "
+        f"actions {dataset.action_dim}, mean return {figures['return']:.4g}, mean "
+        f"length {figures['length']:.4g}, domain {dataset.domain}"
+        + (" (defaults untested there)" if dataset.domain == "other" else "")
+    )
+
+
+def data_figures(dataset: Dataset) -> dict[str, float]:
+    returns = np.asarray(dataset.episode_returns, np.float64)
+    figures = {"return": float(returns.mean())}
+    figures["length"] = float(np.mean(dataset.episode_lengths))
+    if dataset.task is not None:
+        success = float((returns > 0).mean())
+        figures["score"] = normalized_score(dataset.task, figures["return"], success)
+        if dataset.task.ends_at_success:
+            figures["success"] = success
+    return figures
+
+
+def flat(config: Any) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in to_json(config).items():
+        nested = isinstance(value, dict)
+        flat |= (
+            {f"{name}.{k}": v for k, v in value.items()} if nested else {name: value}
+        )
+    return flat
+
+
+def number(text: Any) -> Any:
+    """A log's cell as int, float or None."""
+    if isinstance(text, str):
+        if not text:
+            return None
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+    return text
+
+
+def line(step: int, rows: list[dict[str, Any]]) -> str:
+    """One evaluation for people: mean over the seeds of the main quantities."""
+    parts = [f"update {step:>8}"]
+    for name in ("score", "return", "length", "certainty", "omega", "q", "critic_loss"):
+        values = [r[name] for r in rows if r.get(name, "") != ""]
+        if values:
+            parts.append(f"{name} {np.mean(values):.4g}")
+    return "  ".join(parts)
+
+
+def table(rows: list[dict[str, Any]], dataset: Dataset) -> str:
+    """The last evaluation, a line per seed, mean and sd, and the data beside them."""
+    names = ("score", "return", "success", "length")
+
+    def line(label: str, values: Mapping[str, Any]) -> str:
+        cells = [number(values.get(n)) for n in names]
+        shown = ["-" if c is None or np.isnan(c) else f"{c:.4g}" for c in cells]
+        return f"{label:>8}" + "".join(f"{c:>12}" for c in shown)
+
+    lines = [" " * 8 + "".join(f"{n:>12}" for n in names)]
+    lines += [line(f"seed {row['seed']}", row) for row in rows]
+    if len(rows) > 1 and number(rows[0]["return"]) is not None:
+        stacked = {n: np.array([row[n] for row in rows], float) for n in names}
+        lines.append(line("mean", {n: float(v.mean()) for n, v in stacked.items()}))
+        lines.append(line("sd", {n: float(v.std(ddof=1)) for n, v in stacked.items()}))
+    lines.append(line("data", data_figures(dataset)))
+    return "\n".join(lines)
+
+
+def tracker(
+    kind: str, algorithm: str
+) -> Callable[[Path, dict[str, Any]], Callable[[list[dict[str, Any]]], None]]:
+    """Opens a tracker: (folder, options) -> a function of the new rows.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    package = {"none": "json", "tensorboard": "tensorboardX", "wandb": "wandb"}[kind]
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"--track {kind} needs {package}: uv sync --extra {kind}"
+        ) from error
+
+    def open_tracker(folder: Path, options: dict[str, Any]) -> Callable[..., None]:
+        if kind == "tensorboard":
+            writer = module.SummaryWriter(str(folder / "tensorboard"))
+            send = writer.add_scalar
+        elif kind == "wandb":
+            own = module.init(project=algorithm, name=folder.name, config=options)
+
+            def send(name: str, value: float, step: int) -> None:
+                own.log({name: value, "step": step})
+        else:
+            return lambda rows: None
+
+        def track(rows: list[dict[str, Any]]) -> None:
+            for row in rows:
+                for name, value in row.items():
+                    if name not in ("seed", "step") and value != "":
+                        send(f"seed{row['seed']}/{name}", value, row["step"])
+
+        return track
+
+    return open_tracker

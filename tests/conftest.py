@@ -1,0 +1,89 @@
+"""Builders of tiny datasets, and a home of one's own for tests that load them."""
+
+import atexit
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import pytest
+from minari.serialization import serialize_space
+
+# Before JAX is imported, for this process and for those that tests start.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
+
+STANDINS = Path(__file__).parents[2] / "shared" / "datasets"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Empty folders for the user's cache (`cache`) and Minari's datasets (`minari`)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.delenv("MINARI_REMOTE", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return tmp_path
+
+
+@pytest.fixture
+def standins(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The stand-in datasets as Minari's folder, where the checkout has them."""
+    if not STANDINS.is_dir():
+        pytest.skip(f"no stand-in datasets at {STANDINS}")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(STANDINS))
+    return STANDINS
+
+
+@pytest.fixture
+def write_minari(home: Path) -> Callable[..., Path]:
+    """Writes a Minari dataset of episodes, dicts of the arrays that HDF5 shall hold."""
+
+    def write(
+        dataset_id: str,
+        episodes: list[dict[str, Any]],
+        obs_space: gym.Space,
+        action_space: gym.Space,
+        env: str | None = None,
+        eval_env: str | None = None,
+        **about: Any,
+    ) -> Path:
+        data = home / "minari" / dataset_id / "data"
+        data.mkdir(parents=True)
+        metadata = {
+            "total_episodes": len(episodes),
+            "total_steps": sum(len(episode["rewards"]) for episode in episodes),
+            "data_format": "hdf5",
+            "observation_space": serialize_space(obs_space),
+            "action_space": serialize_space(action_space),
+            "dataset_id": dataset_id,
+            "minari_version": "0.5.4",
+            **({"env_spec": env} if env else {}),
+            **({"eval_env_spec": eval_env} if eval_env else {}),
+            **about,
+        }
+        (data / "metadata.json").write_text(json.dumps(metadata))
+        with h5py.File(data / "main_data.hdf5", "w") as file:
+            for number, episode in enumerate(episodes):
+                group = file.create_group(f"episode_{number}")
+                group.attrs["id"] = number
+                _write_group(group, episode)
+        return data.parent
+
+    return write
+
+
+def _write_group(group: h5py.Group, content: dict[str, Any]) -> None:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            _write_group(group.create_group(key), value)
+        else:
+            group.create_dataset(key, data=np.asarray(value))

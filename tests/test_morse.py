@@ -1,0 +1,402 @@
+"""The Morse network: its equations by hand, its optimum in closed form, its command."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import morse
+from morse import Config
+
+ROOT = Path(morse.__file__).parent
+SMALL = Config(hidden_dims=(8,), batch_size=16)
+RQ = Config(kernel="rq", kappa=2.0)
+
+
+@pytest.fixture(autouse=True)
+def _strict_ranks() -> Iterator[None]:
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def dataset() -> tuple[jax.Array, jax.Array]:
+    """obs (200, 3), action (200, 2)."""
+    obs = jax.random.normal(jax.random.key(10), (200, 3))
+    return obs, jax.random.uniform(jax.random.key(11), (200, 2), minval=-1, maxval=1)
+
+
+def shift(*by: float) -> dict[str, Any]:
+    """Parameters of the linear network f(s, a) = a + by, for S = 1."""
+    dim = len(by)
+    kernel = jnp.concatenate([jnp.zeros((1, dim)), jnp.eye(dim)])
+    return {"Dense_0": {"kernel": kernel, "bias": jnp.array(by)}}
+
+
+# =========================================================================== Equations
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        # r^2 = .3^2 + .4^2 = .25, lam = 2: lam^2 / 2 r^2 = .5
+        (Config(), -0.5),
+        # kappa = 2: -2 log(1 + .5 / 2) = -2 log 1.25 = -.446287
+        (RQ, -0.446287),
+        # kappa = .5: -.5 log(1 + .5 / .5) = -.5 log 2 = -.346574
+        (Config(kernel="rq", kappa=0.5), -0.346574),
+    ],
+)
+def test_kernels_by_hand(config, expected):
+    inputs = shift(0.3, -0.4), jnp.zeros((5, 1)), jnp.full((5, 2), 0.1), 2.0, config
+    np.testing.assert_allclose(morse.log_density(*inputs), [expected] * 5, rtol=1e-5)
+    np.testing.assert_allclose(
+        morse.certainty(*inputs), [np.exp(expected)] * 5, rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        morse.uncertainty(*inputs), [1 - np.exp(expected)] * 5, rtol=1e-5
+    )
+
+
+def test_rational_quadratic_becomes_rbf_as_kappa_grows():
+    inputs = shift(0.3, -0.4), jnp.zeros(1), jnp.zeros(2), 2.0
+    rbf = float(morse.log_density(*inputs))
+    gaps = [
+        abs(float(morse.log_density(*inputs, Config(kernel="rq", kappa=k))) - rbf)
+        for k in (1.0, 10.0, 100.0, 1e5)
+    ]
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] < 1e-5
+
+
+def test_relu_network_by_hand():
+    # One hidden unit: h = relu(1 s + 2 a - 1), f = 3 h + .5.
+    # s = 1, a = .5: h = 1, f = 3.5; s = 0, a = .25: h = relu(-.5) = 0, f = .5.
+    params = {
+        "Dense_0": {"kernel": jnp.array([[1.0], [2.0]]), "bias": jnp.array([-1.0])},
+        "Dense_1": {"kernel": jnp.array([[3.0]]), "bias": jnp.array([0.5])},
+    }
+    found = morse.perturb(params, jnp.array([[1.0], [0.0]]), jnp.array([[0.5], [0.25]]))
+    np.testing.assert_allclose(found, [[3.5], [0.5]])
+
+
+def test_loss_by_hand():
+    # f = .5 whatever s and a, lam = 2, so log M = -2 (.5 - a)^2.
+    # Data a = 0, 1: log M = -.5, -.5; first term .5.
+    # Negatives (.5, 0), (-.5, 1): M = 1, e^-.5, e^-2, e^-.5; mean (1 + .606531 + .135335
+    # + .606531) / 4 = .587099. Loss 1.087099.
+    params = {"Dense_0": {"kernel": jnp.zeros((2, 1)), "bias": jnp.array([0.5])}}
+    negatives = jnp.array([[[0.5], [0.0]], [[-0.5], [1.0]]])
+    action = jnp.array([[0.0], [1.0]])
+    loss, metrics = morse.morse_loss(
+        params, jnp.ones((2, 1)), action, negatives, 2.0, Config()
+    )
+    np.testing.assert_allclose(loss, 1.087099, rtol=1e-6)
+    np.testing.assert_allclose(metrics["certainty_data"], 0.606531, rtol=1e-6)
+    np.testing.assert_allclose(metrics["certainty_uniform"], 0.587099, rtol=1e-6)
+
+
+@pytest.mark.parametrize("config", [Config(), RQ])
+def test_identity_has_certainty_and_loss_exactly_one(config, dataset):
+    obs, action = dataset
+    negatives = jax.random.uniform(jax.random.key(0), (200, 3, 2), minval=-1, maxval=1)
+    params = shift(0.0, 0.0)
+    assert (morse.certainty(params, obs[:, :1], action, 7.0, config) == 1).all()
+    assert (morse.uncertainty(params, obs[:, :1], action, 7.0, config) == 0).all()
+    loss, _ = morse.morse_loss(params, obs[:, :1], action, negatives, 7.0, config)
+    assert loss == 1.0
+
+
+def test_loss_stays_finite_where_certainty_underflows():
+    # r^2 = 100, lam = 10: log M = -5000, M = 0 in float32; the loss is 5000.
+    params = {"Dense_0": {"kernel": jnp.zeros((2, 1)), "bias": jnp.array([10.0])}}
+    zeros = jnp.zeros((1, 1))
+    grad, metrics = jax.grad(morse.morse_loss, has_aux=True)(
+        params, zeros, zeros, zeros[None], 10.0, Config()
+    )
+    np.testing.assert_allclose(metrics["morse_loss"], 5000.0)
+    # d/db of lam^2/2 b^2 = lam^2 b = 1000
+    np.testing.assert_allclose(grad["Dense_0"]["bias"], [1000.0])
+
+
+@pytest.mark.parametrize("config", [Config(), RQ])
+def test_uncertainty_is_accurate_near_zero(config):
+    # r = 1e-5, lam = 1: C = 5e-11, far below the spacing of float32 at 1 (6e-8)
+    inputs = shift(1e-5), jnp.zeros(1), jnp.zeros(1), 1.0, config
+    np.testing.assert_allclose(morse.uncertainty(*inputs), 5e-11, rtol=1e-5)
+    assert 1 - morse.certainty(*inputs) == 0
+
+
+def test_leading_dims_broadcast():
+    params = morse.init(jax.random.key(0), 3, 2, SMALL).params
+    obs = jax.random.normal(jax.random.key(1), (4, 3))
+    action = jax.random.uniform(jax.random.key(2), (6, 4, 2))
+    found = morse.certainty(params, obs, action, 1.0)
+    assert found.shape == (6, 4)
+    one = morse.certainty(params, obs[3], action[2, 3], 1.0)
+    np.testing.assert_allclose(found[2, 3], one, rtol=1e-5)
+    assert morse.certainty(params, obs[0], action, 1.0).shape == (6, 4)
+
+
+# ============================================================= Optimum in closed form
+# M* = min(1, p / u). The last updates run at a tenth of the learning rate, so that the
+# network compared is not one noisy iterate.
+
+FAST = Config(hidden_dims=(64, 64, 64), learning_rate=1e-3, batch_size=512)
+SLOW = Config(hidden_dims=(64, 64, 64), learning_rate=1e-4, batch_size=512)
+
+
+def fit_gaussian(sd: list[float], scale: jax.Array, num: int, num_negatives: int = 1):
+    """Parameters fitted to N(0, diag(sd^2)) in the box, from seed 0; scale scalar."""
+    rng = np.random.default_rng(0)
+    action = rng.normal(size=(100_000, len(sd))) * sd
+    action = jnp.asarray(action[(abs(action) < 1).all(axis=1)], jnp.float32)
+    obs = jnp.zeros((len(action), 1))
+    state = morse.init(jax.random.key(0), 1, len(sd), FAST)
+    key = jax.random.key(1)
+    for start, count, base in ((0, num, FAST), (num, 1000, SLOW)):
+        fields = {**vars(base), "num_negatives": num_negatives}
+        config = Config(**fields)
+        state, _ = morse.train(state, obs, action, key, start, count, scale, config)
+    return state.params
+
+
+# N(0, .3^2), u = 1/2: p / u = 2 / (.3 sqrt(2 pi)) e^(-a^2 / .18) = 2.6596 e^(-a^2 / .18);
+# a = .5: 2.6596 e^-1.38889 = .663; a = .6: .360; .7: .175; .8: .076; .9: .030
+ACTIONS_1D = jnp.array(
+    [[0.0], [0.2], [-0.2], [0.5], [-0.5], [0.6], [0.7], [0.8], [0.9]]
+)
+OPTIMUM_1D = [1.0, 1.0, 1.0, 0.663, 0.663, 0.360, 0.175, 0.076, 0.030]
+
+
+def test_optimum_in_1d_whatever_the_scale():
+    scales = jnp.array([0.5, 5.0])
+    params = jax.vmap(lambda scale: fit_gaussian([0.3], scale, 3000))(scales)
+    found = jax.vmap(lambda p, lam: morse.certainty(p, jnp.zeros(1), ACTIONS_1D, lam))(
+        params, scales
+    )
+    np.testing.assert_allclose(found[0], OPTIMUM_1D, atol=0.05)
+    np.testing.assert_allclose(found[1], OPTIMUM_1D, atol=0.05)
+
+
+def test_optimum_in_1d_whatever_the_number_of_negatives():
+    params = fit_gaussian([0.3], jnp.array(1.0), 2000, num_negatives=4)
+    found = morse.certainty(params, jnp.zeros(1), ACTIONS_1D, 1.0)
+    np.testing.assert_allclose(found, OPTIMUM_1D, atol=0.05)
+
+
+def test_optimum_in_2d():
+    # Standard deviations .15 and .4, u = 1/4: p / u = 4 / (2 pi .15 .4) e^(-d) with
+    # d = a^2 / .045 + b^2 / .32, and 4 / (2 pi .06) = 10.610
+    # (.4, 0): d = 3.5556, .303; (0, .9): d = 2.5313, .844; (.2, .8): d = 2.8889, .590
+    # (.35, 0): d = 2.7222, .697; (-.3, -.5): d = 2.7813, .657; (-.8, .8): 7e-7
+    action = jnp.array(
+        [[0.0, 0.0], [0.1, 0.3], [0.4, 0.0], [0.0, 0.9], [0.2, 0.8]]
+        + [[0.35, 0.0], [-0.3, -0.5], [-0.8, 0.8]]
+    )
+    optimum = np.array([1.0, 1.0, 0.303, 0.844, 0.590, 0.697, 0.657, 0.0])
+    params = fit_gaussian([0.15, 0.4], jnp.array(1.0), 4000)
+    found = np.asarray(morse.certainty(params, jnp.zeros(1), action, 1.0))
+    print(found)
+    assert abs(found - optimum).max() < 0.12
+    assert abs(found - optimum).mean() < 0.05
+
+
+# ============================================================================= Updates
+
+
+def test_chunks_change_nothing(dataset):
+    state, key = morse.init(jax.random.key(0), 3, 2, SMALL), jax.random.key(1)
+    whole, _ = morse.train(state, *dataset, key, 0, 40, 1.0, SMALL)
+    half, _ = morse.train(state, *dataset, key, 0, 20, 1.0, SMALL)
+    halves, _ = morse.train(half, *dataset, key, 20, 20, 1.0, SMALL)
+    jax.tree.map(np.testing.assert_array_equal, whole, halves)
+
+
+def test_metrics_are_the_mean_over_the_scan(dataset):
+    state, key = morse.init(jax.random.key(0), 3, 2, SMALL), jax.random.key(1)
+    _, mean = morse.train(state, *dataset, key, 0, 3, 1.0, SMALL)
+    losses = []
+    for t in range(3):
+        state, metrics = morse.train(state, *dataset, key, t, 1, 1.0, SMALL)
+        losses.append(metrics["morse_loss"])
+    np.testing.assert_allclose(mean["morse_loss"], np.mean(losses), rtol=1e-5)
+
+
+def test_update_t_uses_the_folded_key(dataset):
+    state, key = morse.init(jax.random.key(0), 3, 2, SMALL), jax.random.key(1)
+    scanned, _ = morse.train(state, *dataset, key, 7, 1, 1.0, SMALL)
+    alone, _ = morse.update(state, *dataset, jax.random.fold_in(key, 7), 1.0, SMALL)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        scanned.params,
+        alone.params,
+    )
+
+
+def test_seeds_together_agree_with_each_alone(dataset):
+    def run(seed: jax.Array, scale: jax.Array) -> morse.MorseState:
+        key_init, key = jax.random.split(jax.random.key(seed))
+        state = morse.init(key_init, 3, 2, SMALL)
+        return morse.train(state, *dataset, key, 0, 100, scale, SMALL)[0]
+
+    scales = jnp.array([0.5, 1.0, 2.0])
+    together = jax.vmap(run)(jnp.arange(3), scales)
+    for lane in range(3):
+        alone = run(jnp.array(lane), scales[lane])
+        jax.tree.map(
+            lambda x, y, lane=lane: np.testing.assert_allclose(x[lane], y, atol=1e-5),
+            together.params,
+            alone.params,
+        )
+
+
+def test_fit_learns_and_does_what_train_does(dataset, monkeypatch):
+    obs, _ = dataset
+    action = 0.1 * jnp.tanh(obs[:, :2])
+    monkeypatch.setattr(morse, "MAX_CHUNK", 200)
+    calls = []
+    params, losses = morse.fit(
+        jax.random.key(3),
+        obs,
+        action,
+        scale=5.0,
+        num_updates=500,
+        config=Config(hidden_dims=(32, 32), learning_rate=3e-3),
+        report=lambda count, loss: calls.append(count),
+    )
+    assert losses.shape == (3,)
+    assert losses[-1] < 0.4  # 1 is the identity's
+    assert calls == [200, 200, 100]
+    assert morse.certainty(params, obs, action, 5.0).mean() > 0.8
+    assert morse.certainty(params, obs, -jnp.sign(action), 5.0).mean() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"obs": np.zeros((9, 3))}, "same N"),
+        ({"obs": np.zeros((0, 3)), "action": np.zeros((0, 2))}, "same N"),
+        ({"action": np.zeros(10)}, "same N"),
+        ({"obs": np.full((10, 3), np.nan)}, "infinity in obs"),
+        ({"action": np.full((10, 2), np.inf)}, "infinity in action"),
+        ({"action": np.full((10, 2), 1.5)}, r"in \[-1, 1\], got \[1.5, 1.5\]"),
+        ({"scale": 0.0}, "scale > 0, got 0.0"),
+        ({"scale": float("nan")}, "scale > 0, got nan"),
+        ({"num_updates": 0}, "num_updates >= 1, got 0"),
+    ],
+)
+def test_fit_says_what_is_wrong(change, message):
+    inputs: dict[str, Any] = {
+        "obs": np.zeros((10, 3)),
+        "action": np.zeros((10, 2)),
+        "scale": 1.0,
+        "num_updates": 1,
+    }
+    inputs |= change
+    with pytest.raises(ValueError, match=message):
+        morse.fit(jax.random.key(0), config=SMALL, **inputs)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"kernel": "laplace"},
+        {"kappa": 0.0},
+        {"num_negatives": 0},
+        {"hidden_dims": (0,)},
+    ],
+)
+def test_config_says_what_is_wrong(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        Config(**field)
+
+
+# ============================================================================== Module
+
+
+def test_imports_only_jax_flax_optax():
+    tree = ast.parse((ROOT / "morse.py").read_text())
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    assert found - set(sys.stdlib_module_names) == {"jax", "flax", "optax"}
+
+
+def test_auroc_by_hand():
+    # Pairs (2,1) (2,2) (3,1) (3,2): 1 + 1/2 + 1 + 1 = 3.5 of 4
+    assert morse.auroc(np.array([2.0, 3.0]), np.array([1.0, 2.0])) == 0.875
+    assert morse.auroc(np.zeros(5), np.zeros(7)) == 0.5
+    assert morse.auroc(np.array([1.0]), np.array([0.0, 2.0, 3.0])) == 1 / 3
+
+
+# ============================================================================= Command
+
+
+def command(*options: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "morse.py", *map(str, options)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_toy_draws_its_picture_and_ends_with_its_folder(tmp_path):
+    done = command("--num-morse-updates", 5, "--hidden-dims", 8, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "ideal 0.0967" in done.stdout
+    folder = tmp_path / done.stdout.splitlines()[-1]
+    assert folder.parent == tmp_path / "runs"
+    assert (folder / "toy.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--scale", 0), ("--num-morse-updates", 0), ("--seed", -1), ("--kappa", 0)],
+)
+def test_mistakes_end_with_exit_code_2(options, tmp_path):
+    done = command(*options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"got {options[1]}" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_calibration_report(tmp_path):
+    rng = np.random.default_rng(0)
+    end = np.arange(400) % 20 == 19
+    np.savez(
+        tmp_path / "own.npz",
+        observations=rng.normal(size=(400, 3)).astype(np.float32),
+        actions=rng.uniform(-1, 1, (400, 2)).astype(np.float32),
+        rewards=np.zeros(400, np.float32),
+        terminals=np.zeros(400, bool),
+        timeouts=end,
+    )
+    few = "--num-morse-updates", 5, "--hidden-dims", 8
+    asked = "--dataset", tmp_path / "own.npz", "--scale", 1, 5, "--num-seeds", 2
+    done = command(*asked, *few, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / done.stdout.splitlines()[-1]
+    lines = (folder / "calibration.csv").read_text().splitlines()
+    assert lines[0].startswith("scale,seed,certainty_data,certainty_held_out")
+    assert [line.split(",")[:2] for line in lines[1:]] == [
+        ["1.0", "0"],
+        ["1.0", "1"],
+        ["5.0", "0"],
+        ["5.0", "1"],
+    ]
+    assert (folder / "calibration.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "morse" / "scale5-seed1.safetensors").is_file()

@@ -1,0 +1,395 @@
+"""The run's folder: what is in it, that nothing is lost, and that resuming is exact."""
+
+import csv
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import jax
+import minari
+import numpy as np
+import pytest
+from minari.data_collector import EpisodeBuffer
+from safetensors.numpy import load_file
+
+import td3_bst
+from common import checkpoint, options, rollout, run
+from common.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    "--hidden-dims 8 8 --batch-size 16 --num-morse-updates 20 "
+    "--morse-net.hidden-dims 8 8 --morse-net.batch-size 16"
+).split()
+
+
+@pytest.fixture(scope="module")
+def arrays_file(tmp_path_factory) -> Path:
+    """A dataset of one's own: 200 random transitions, no environment."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("own") / "own.npz"
+    timeouts = np.zeros(200, bool)
+    timeouts[49::50] = True
+    np.savez(
+        path,
+        observations=rng.normal(size=(200, 4)).astype(np.float32),
+        actions=rng.uniform(-0.9, 0.9, (200, 2)).astype(np.float32),
+        rewards=rng.normal(size=200).astype(np.float32),
+        terminals=rng.random(200) < 0.05,
+        timeouts=timeouts,
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def pendulum(tmp_path_factory):
+    """A local Minari dataset of InvertedPendulum-v5, four random episodes."""
+    root = tmp_path_factory.mktemp("minari")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        env = gym.make("InvertedPendulum-v5")
+        env.action_space.seed(0)
+        buffers = []
+        for seed in range(4):
+            obs, _ = env.reset(seed=seed)
+            buffer = EpisodeBuffer(id=seed, seed=seed, observations=[obs])
+            done = False
+            while not done:
+                action = env.action_space.sample()
+                obs, reward, terminated, truncated, info = env.step(action)
+                done = terminated or truncated
+                buffer = buffer.add_step_data(
+                    {
+                        "observation": obs,
+                        "action": action,
+                        "reward": reward,
+                        "termination": terminated,
+                        "truncation": truncated,
+                        "info": info,
+                    }
+                )
+            buffers.append(buffer)
+        minari.create_dataset_from_buffers(
+            "test/pendulum/random-v0",
+            buffers,
+            env=env,
+            eval_env="InvertedPendulum-v5",
+            algorithm_name="random",
+            description="for a test",
+            **dict.fromkeys(("author", "author_email", "code_permalink"), "none"),
+        )
+        env.close()
+        yield "test/pendulum/random-v0"
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, str(ROOT / "td3_bst.py"), *map(str, args)]
+
+
+def train(capsys, *args: object) -> Path:
+    """Runs td3_bst.main in this process; returns the folder it prints last."""
+    td3_bst.main([*map(str, args), *SMALL])
+    return Path(capsys.readouterr().out.splitlines()[-1])
+
+
+def read_log(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_a_run_leaves_what_it_promises(capsys, tmp_path, pendulum):
+    folder = train(
+        capsys,
+        *("--dataset", pendulum, "--num-updates", 40, "--eval-every", 20),
+        *("--eval-episodes", 3, "--num-seeds", 2, "--seed", 5, "--run-dir", tmp_path),
+    )
+    assert folder.parent == tmp_path
+    assert (folder / "log.csv").read_text().startswith("seed,step,return,score,")
+    log = read_log(folder)
+    assert [(r["seed"], r["step"]) for r in log] == [
+        ("5", "20"),
+        ("6", "20"),
+        ("5", "40"),
+        ("6", "40"),
+    ]
+    for name in ("certainty", "omega", "omega_max", "q", "critic_loss", "actor_loss"):
+        assert np.isfinite([float(r[name]) for r in log]).all()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["algorithm"] == "td3_bst"
+    assert result["seeds"] == [5, 6]
+    assert result["returns"] == [float(r["return"]) for r in log[2:]]
+    assert result["updates_per_second"] > 0
+    for name in ("scores", "success", "wall", "eval_map", "options", "versions"):
+        assert name in result
+    assert {"load", "compile", "pretraining", "training"} <= set(result["wall"])
+    for name in ("config.json", "curves.png", "certainty.png", "checkpoint", "policy"):
+        assert (folder / name).exists()
+
+
+def test_policy_folder_has_neither_time_nor_path(capsys, tmp_path, arrays_file):
+    args = ("--dataset", arrays_file, "--num-updates", 10, "--run-dir")
+    first = train(capsys, *args, tmp_path / "a")
+    second = train(capsys, *args, tmp_path / "somewhere" / "else")
+    assert contents(first / "policy") == contents(second / "policy")
+    assert set(contents(first / "policy")) == {"policy.json", "seed0.safetensors"}
+
+
+def test_evaluation_off_without_an_environment(capsys, tmp_path, arrays_file):
+    td3_bst.main(
+        ["--dataset", str(arrays_file), "--num-updates", "10", *SMALL]
+        + ["--run-dir", str(tmp_path)]
+    )
+    out = capsys.readouterr().out
+    folder = Path(out.splitlines()[-1])
+    assert "evaluation is off: " in out
+    result = json.loads((folder / "result.json").read_text())
+    assert result["scores"] == [None]
+    assert result["eval_map"] is None
+    assert [r["return"] for r in read_log(folder)] == [""]
+
+
+def test_odd_counts_become_multiples_of_the_policy_delay(capsys, tmp_path, arrays_file):
+    folder = train(
+        capsys,
+        *("--dataset", arrays_file, "--num-updates", 15, "--eval-every", 5),
+        *("--run-dir", tmp_path),
+    )
+    assert [r["step"] for r in read_log(folder)] == ["6", "12", "16"]
+
+
+# ------------------------------------------------------------------------------ resume
+
+
+def kill_when(process: subprocess.Popen, ready, delay: float) -> None:
+    """Kills -9 `delay` seconds after `ready()` first holds, or lets it end."""
+    while not ready() and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_three_kills_then_resume_is_bit_identical(tmp_path, pendulum):
+    args = ["--dataset", pendulum, "--num-updates", "6000", "--eval-every", "600"]
+    args += ["--eval-episodes", "2", "--num-seeds", "2", *SMALL]
+    whole = subprocess.run(
+        command(*args, "--run-dir", tmp_path / "whole"),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()[-1]
+    rng = random.Random(0)
+    parts = tmp_path / "parts"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    first = subprocess.Popen(command(*args, "--run-dir", parts), **quiet)
+    kill_when(first, lambda: any(parts.glob("*/config.json")), rng.uniform(0, 1))
+    (folder,) = parts.iterdir()
+    for _ in range(2):
+        before = set(folder.glob("checkpoint/step*"))
+        again = subprocess.Popen(command("--resume", folder), **quiet)
+        kill_when(
+            again,
+            lambda before=before: set(folder.glob("checkpoint/step*")) - before,
+            rng.uniform(0, 0.5),
+        )
+    assert not (folder / "result.json").exists(), "the run ended before the last kill"
+    subprocess.run(command("--resume", folder), check=True, **quiet)
+    for name in ("log.csv", "policy", "checkpoint", "morse"):
+        mine, own = folder / name, Path(whole) / name
+        if mine.is_dir():
+            assert contents(mine) == contents(own), name
+        else:
+            assert mine.read_bytes() == own.read_bytes(), name
+
+
+def test_an_extended_run_equals_a_long_one(capsys, tmp_path, arrays_file):
+    args = ("--dataset", arrays_file, "--eval-every", 10, "--run-dir", tmp_path)
+    long = train(capsys, *args, "--num-updates", 40)
+    short = train(capsys, *args, "--num-updates", 20)
+    td3_bst.main(["--resume", str(short), "--num-updates", "40"])
+    assert contents(short / "checkpoint") == contents(long / "checkpoint")
+    assert (short / "log.csv").read_bytes() == (long / "log.csv").read_bytes()
+    assert contents(short / "policy") == contents(long / "policy")
+    assert json.loads((short / "result.json").read_text())["step"] == 40
+
+
+def test_resuming_refuses_what_would_change_the_run(capsys, tmp_path, arrays_file):
+    folder = train(
+        capsys, "--dataset", arrays_file, "--num-updates", 10, "--run-dir", tmp_path
+    )
+    with pytest.raises(UserError, match="a resumed run keeps its options"):
+        td3_bst.main(["--resume", str(folder), "--mu", "0.5"])
+    with pytest.raises(UserError, match="fewer than its 10"):
+        td3_bst.main(["--resume", str(folder), "--num-updates", "4"])
+    with pytest.raises(UserError, match="holds a run of td3_bst, not of other"):
+        options.parse("other", td3_bst.Config(), "", ["--resume", str(folder)])
+    with pytest.raises(UserError, match=r"cannot read .*config\.json"):
+        td3_bst.main(["--resume", str(tmp_path / "nowhere")])
+    stored = json.loads((folder / "config.json").read_text())
+    stored["dataset"]["fingerprint"] = "another"
+    (folder / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="fingerprint"):
+        td3_bst.main(["--resume", str(folder)])
+
+
+# ---------------------------------------------------------------------- Morse networks
+
+
+def test_fitted_networks_are_reused_bit_for_bit(capsys, tmp_path, arrays_file):
+    args = ("--dataset", arrays_file, "--num-updates", 10, "--num-seeds", 2)
+    first = train(capsys, *args, "--run-dir", tmp_path / "a")
+    second = train(capsys, *args, "--morse", first, "--run-dir", tmp_path / "b")
+    assert contents(second / "morse") == contents(first / "morse")
+    assert contents(second / "policy") == contents(first / "policy")
+    result = json.loads((second / "result.json").read_text())
+    assert "pretraining" not in result["wall"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--scale", "3"], "no Morse network of scale 3 and seed 0"),
+        (["--seed", "7"], "no Morse network of scale 1 and seed 7"),
+        (["--morse-net.kernel", "rq"], "was fitted with kernel rbf"),
+        (["--no-normalize-obs"], "was fitted with standardised True"),
+    ],
+)
+def test_a_network_fitted_otherwise_is_refused(
+    change, message, capsys, tmp_path, arrays_file
+):
+    args = ("--dataset", arrays_file, "--num-updates", 10, "--run-dir", tmp_path)
+    first = train(capsys, *args)
+    if change == ["--no-normalize-obs"]:
+        change = ["--normalize-obs", "False"]
+    with pytest.raises(UserError, match=message):
+        train(capsys, *args, "--morse", first, *change)
+
+
+# ------------------------------------------------------------------------------ policy
+
+
+def test_numpy_policy_is_the_jax_policy(capsys, tmp_path, arrays_file):
+    config = td3_bst.Config(hidden_dims=(8, 8))
+    actor = jax.vmap(lambda k: td3_bst.init(k, 4, 2, config).actor)(
+        jax.random.split(jax.random.key(0), 3)
+    )
+    rng = np.random.default_rng(1)
+    mean, std = rng.normal(size=4), rng.uniform(0.5, 2, 4)
+    low, high = np.array([-3.0, 0.0]), np.array([1.0, 0.5])
+    numpy_policy = rollout.NumpyPolicy(
+        rollout.layers_of(jax.device_get(actor)), mean, std, low, high
+    )
+    obs = rng.normal(size=(3, 5, 4))
+    for k in range(3):
+        own = jax.tree.map(lambda x, k=k: x[k], actor)
+        box = td3_bst.policy(own, jax.numpy.asarray((obs[k] - mean) / std), config)
+        wanted = low + (np.asarray(box) + 1) / 2 * (high - low)
+        np.testing.assert_allclose(numpy_policy(obs)[k], wanted, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def test_trees_come_back_exactly(tmp_path):
+    tree = {"a": (np.arange(3), np.float32(2.5)), "b": [np.ones((2, 2))]}
+    checkpoint.save_tree(tmp_path / "x.safetensors", tree, {"step": 3})
+    back, meta = checkpoint.load_tree(tmp_path / "x.safetensors", tree)
+    assert meta == {"step": 3}
+    for one, other in zip(jax.tree.leaves(tree), jax.tree.leaves(back), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == other.dtype
+
+
+def test_a_damaged_or_foreign_file_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    checkpoint.save_tree(path, {"a": np.zeros(3)}, {})
+    with pytest.raises(UserError, match=r"\['a'\] has shape \(3,\) there, expected"):
+        checkpoint.load_tree(path, {"a": np.zeros(4)})
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match="cannot read"):
+        checkpoint.load_tree(path, {"a": np.zeros(3)})
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    checkpoint.write_json(path, {"step": 1})
+
+    def full(_: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.write_json(path, {"step": 2})
+    assert json.loads(path.read_text()) == {"step": 1}
+
+
+# ------------------------------------------------------------------------ command line
+
+
+def test_help_is_grouped_and_flags_are_bare():
+    out = subprocess.run(
+        command("--help"), capture_output=True, text=True, check=True
+    ).stdout
+    for flag in (
+        "--dataset --seed --num-seeds --num-updates --eval-every --eval-episodes "
+        "--num-morse-updates --run-dir --resume --morse --eval-map --mu --scale"
+    ).split():
+        assert f"│ {flag} " in out, flag
+    assert "run options" in out
+    assert "morse-net options" in out
+    assert max(map(len, out.splitlines())) <= 88
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--mu", "0.01"], "mu must be at least 0.02, got 0.01"),
+        (["--num-updates", "0"], "num_updates must be at least 1, got 0"),
+        (["--num-seeds", "0"], "num_seeds must be at least 1, got 0"),
+        (["--scale", "-1"], "scale must be above 0, got -1.0"),
+        (["--dataset", "no/such"], "no/such"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["--learning-rate", "1"], "learning-rate"),
+        (["--track", "wandb"], "uv sync --extra wandb"),
+    ],
+)
+def test_user_mistakes_exit_with_two_and_leave_nothing(
+    args, message, tmp_path, arrays_file
+):
+    if args[0] == "--track":
+        pytest.importorskip("json" if not _installed("wandb") else "absent_on_purpose")
+    if args[0] != "--dataset" and args[0] != "--resume":
+        args = [*args, "--dataset", str(arrays_file)]
+    done = subprocess.run(
+        command(*args, "--run-dir", tmp_path / "runs"),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def _installed(package: str) -> bool:
+    try:
+        __import__(package)
+    except ImportError:
+        return False
+    return True
+
+
+def test_new_folders_never_collide(tmp_path):
+    folders = {run.new_folder(tmp_path, "name") for _ in range(5)}
+    assert len(folders) == 5
