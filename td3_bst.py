@@ -445,12 +445,10 @@ def main(args: list[str] | None = None) -> None:
         if job.due(start + length):
             job.checkpoint(start + length, (agent, params), agent.actor)
 
-    first = jax.tree.map(lambda x: np.asarray(x)[0], bst)
+    first = jax.tree.map(lambda x: np.asarray(x)[0], params)
     job.finish(
         agent.actor,
-        lambda obs, action: morse.certainty(
-            first.params, jnp.asarray(obs), action, first.scale, config.morse_net
-        ),
+        partial(morse.certainty, first, scale=scale[0], config=config.morse_net),
     )
 
 

@@ -53,7 +53,8 @@ def save_tree(path: Path, tree: Any, meta: dict[str, Any]) -> None:
     """Writes a pytree of arrays, named by their place in it, beside JSON `meta`."""
     named, _ = jax.tree_util.tree_flatten_with_path(tree)
     arrays = {
-        jax.tree_util.keystr(place): np.asarray(leaf, order="C") for place, leaf in named
+        jax.tree_util.keystr(place): np.asarray(leaf, order="C")
+        for place, leaf in named
     }
     write_bytes(path, save(arrays, {"meta": json.dumps(meta, sort_keys=True)}))
 

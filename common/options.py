@@ -33,10 +33,10 @@ class RunOptions:
     track: Literal["none", "tensorboard", "wandb"] = "none"  # a tracker beside log.csv
 
     def __post_init__(self) -> None:
-        for name in ("num_seeds", "num_updates", "num_morse_updates", "eval_every"):
+        for name in ("num_seeds", "num_updates", "eval_every"):
             _at_least(name, getattr(self, name), 1)
-        _at_least("seed", self.seed, 0)
-        _at_least("eval_episodes", self.eval_episodes, 0)
+        for name in ("seed", "num_morse_updates", "eval_episodes"):
+            _at_least(name, getattr(self, name), 0)
         if self.seed + self.num_seeds > 2**32:
             raise ValueError(f"seeds must be below 2**32, got {self.seed}")
 
@@ -76,7 +76,7 @@ def parse(
 
     Args:
         config: an instance of the algorithm's Config, the defaults.
-        about: the help's first paragraph.
+        about: its first paragraph heads the help.
     Raises:
         UserError: a bad value, or a resumed run given other options than its own.
     """
@@ -126,7 +126,8 @@ def _cli(
     ]
     both = dataclasses.make_dataclass("Options", fields, frozen=True)
     try:
-        out = tyro.cli(both, args=args, description=about, prog=f"{algorithm}.py")
+        first = about.split("\n\n")[0]
+        out = tyro.cli(both, args=args, description=first, prog=f"{algorithm}.py")
     except ValueError as error:
         raise UserError(str(error)) from error
     return out.run, out.config

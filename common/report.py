@@ -77,10 +77,10 @@ def table(rows: list[dict[str, Any]], dataset: Dataset) -> str:
 
     lines = [" " * 8 + "".join(f"{n:>12}" for n in names)]
     lines += [line(f"seed {row['seed']}", row) for row in rows]
-    if len(rows) > 1 and number(rows[0]["return"]) is not None:
-        stacked = {n: np.array([row[n] for row in rows], float) for n in names}
-        lines.append(line("mean", {n: float(v.mean()) for n, v in stacked.items()}))
-        lines.append(line("sd", {n: float(v.std(ddof=1)) for n, v in stacked.items()}))
+    if len(rows) > 1:
+        cells = {n: np.array([number(r[n]) for r in rows], float) for n in names}
+        lines.append(line("mean", {n: float(v.mean()) for n, v in cells.items()}))
+        lines.append(line("sd", {n: float(v.std(ddof=1)) for n, v in cells.items()}))
     lines.append(line("data", data_figures(dataset)))
     return "\n".join(lines)
 

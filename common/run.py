@@ -567,7 +567,7 @@ def fit_morse(
 
         program = job.chunked(train, True, False, False, True, False, False)
         keys, total = job.keys(1), options.num_morse_updates or 0
-        metrics = {}
+        metrics = {"morse_loss": np.full(len(job.lanes), np.nan)}
         lam = np.float32(scale)
         for start, length in job.chunks("Morse network", 0, total, total):
             with job.timed("pretraining"):

@@ -1,6 +1,6 @@
-"""Tiny networks, data and groups of seeds for the tests of the algorithm."""
+"""Tiny networks, data and programs for the tests of the algorithm."""
 
-from functools import partial
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import morse
 import td3_bst
 from td3_bst import AgentState, Config, Supervisor, Transition
 
+OBS_DIM, ACTION_DIM = 3, 2  # of everything random below
 SMALL = Config(
     mu=0.5,
     scale=1.0,
@@ -24,61 +25,80 @@ SMALL = Config(
     morse_net=morse.Config(hidden_dims=(8, 8)),
 )
 
+init = jax.jit(td3_bst.init, static_argnums=(1, 2, 3))
+actor_loss = jax.jit(td3_bst.actor_loss, static_argnames="config")
+actor_grad = jax.jit(
+    jax.grad(td3_bst.actor_loss, has_aux=True), static_argnames="config"
+)
+update = jax.jit(td3_bst.update, static_argnames="config")
+update_actor = jax.jit(td3_bst.update_actor, static_argnames="config")
+update_critics = jax.jit(td3_bst.update_critics, static_argnames="config")
+train = jax.jit(td3_bst.train, static_argnames=("num_updates", "config"))
+
+
+def f32(values: Any) -> jax.Array:
+    return jnp.asarray(values, jnp.float32)
+
 
 def net(*layers: tuple[Any, Any]) -> dict[str, Any]:
-    """{Dense_i: kernel (in, out), bias (out,)} from one pair of lists per layer."""
+    """{Dense_i: kernel (in, out), bias (out,)} from one pair per layer."""
     return {
-        f"Dense_{i}": {
-            "kernel": jnp.asarray(kernel, jnp.float32),
-            "bias": jnp.asarray(bias, jnp.float32),
-        }
+        f"Dense_{i}": {"kernel": f32(kernel), "bias": f32(bias)}
         for i, (kernel, bias) in enumerate(layers)
     }
 
 
 def twins(first: Any, second: Any) -> Any:
-    """The parameters of two critics along a new leading axis."""
-    return jax.tree.map(lambda *x: jnp.stack(x), first, second)
+    """Two critics along a new leading axis, as `AgentState.critics`."""
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), first, second)
+    return {"params": stacked}
 
 
-def supervisor_of(params: Any, scale: float = 1.0, mu: float = 0.5) -> Supervisor:
-    return Supervisor(params, jnp.float32(scale), jnp.float32(mu))
+def bst_of(params: Any, scale: float = 1.0, mu: float = 0.5) -> Supervisor:
+    return Supervisor(params, f32(scale), f32(mu))
 
 
-def random_data(seed: int, num: int, obs_dim: int = 3, action_dim: int = 2):
-    """Transitions of noise, a quarter of them terminal."""
+def random_data(seed: int, num: int) -> Transition:
+    """Transitions of noise, every fourth of them terminal."""
     rng = np.random.default_rng(seed)
     return Transition(
-        obs=jnp.asarray(rng.normal(size=(num, obs_dim)), jnp.float32),
-        action=jnp.asarray(rng.uniform(-0.9, 0.9, (num, action_dim)), jnp.float32),
-        reward=jnp.asarray(rng.normal(size=num), jnp.float32),
-        next_obs=jnp.asarray(rng.normal(size=(num, obs_dim)), jnp.float32),
-        terminal=jnp.asarray(np.arange(num) % 4 == 0, jnp.float32),
+        obs=f32(rng.normal(size=(num, OBS_DIM))),
+        action=f32(rng.uniform(-0.9, 0.9, (num, ACTION_DIM))),
+        reward=f32(rng.normal(size=num)),
+        next_obs=f32(rng.normal(size=(num, OBS_DIM))),
+        terminal=f32(np.arange(num) % 4 == 0),
     )
 
 
 def random_agent(seed: int, config: Config = SMALL) -> tuple[AgentState, Supervisor]:
-    """Fresh networks whose targets differ, and an unfitted Morse network."""
-    key = jax.random.key(seed)
-    key_agent, key_target, key_morse = jax.random.split(key, 3)
-    agent = td3_bst.init(key_agent, 3, 2, config)
-    other = td3_bst.init(key_target, 3, 2, config)
+    """Networks and targets that all differ, and an unfitted Morse network."""
+    key_agent, key_target, key_morse = jax.random.split(jax.random.key(seed), 3)
+    shape = dataclasses.replace(SMALL, hidden_dims=config.hidden_dims)  # one compile
+    agent = init(key_agent, OBS_DIM, ACTION_DIM, shape)
+    other = init(key_target, OBS_DIM, ACTION_DIM, shape)
     agent = agent._replace(
         target_actor=other.target_actor, target_critics=other.target_critics
     )
-    return agent, supervisor_of(morse.init(key_morse, 3, 2, config.morse_net).params)
+    state = morse.init(key_morse, OBS_DIM, ACTION_DIM, config.morse_net)
+    return agent, bst_of(state.params)
 
 
-def group_program(config: Config = SMALL, num_updates: int = 100):
-    """100 updates of a fresh agent on `random_data`, for one seed's key."""
-    _, bst = random_agent(0, config)
-    data = random_data(0, 200)
+def hundred_updates(key: jax.Array, data: Transition, morse_params: Any) -> AgentState:
+    """One seed from its key: a fresh agent, trained."""
+    key_init, key_train = jax.random.split(key)
+    agent = td3_bst.init(key_init, OBS_DIM, ACTION_DIM, SMALL)
+    bst, start = bst_of(morse_params), jnp.int32(0)
+    return td3_bst.train(agent, bst, data, key_train, start, 100, SMALL)[0]
 
-    def one_seed(key: jax.Array) -> AgentState:
-        key_init, key_train = jax.random.split(key)
-        agent = td3_bst.init(key_init, 3, 2, config)
-        start = jnp.int32(0)
-        run = partial(td3_bst.train, num_updates=num_updates, config=config)
-        return run(agent, bst, data, key_train, start)[0]
 
-    return one_seed
+def assert_same(first: Any, second: Any, tolerance: float = 0.0) -> None:
+    """Two trees are equal, bit for bit or to an absolute and relative tolerance."""
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+def assert_changed(first: Any, second: Any) -> None:
+    """Every leaf of the one differs from the other's."""
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert not np.array_equal(x, y)

@@ -1,6 +1,7 @@
 """The Morse network: its equations by hand, its optimum in closed form, its command."""
 
 import ast
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,8 +91,8 @@ def test_relu_network_by_hand():
 def test_loss_by_hand():
     # f = .5 whatever s and a, lam = 2, so log M = -2 (.5 - a)^2.
     # Data a = 0, 1: log M = -.5, -.5; first term .5.
-    # Negatives (.5, 0), (-.5, 1): M = 1, e^-.5, e^-2, e^-.5; mean (1 + .606531 + .135335
-    # + .606531) / 4 = .587099. Loss 1.087099.
+    # Negatives (.5, 0), (-.5, 1): M = 1, e^-.5, e^-2, e^-.5;
+    # mean (1 + .606531 + .135335 + .606531) / 4 = .587099. Loss 1.087099.
     params = {"Dense_0": {"kernel": jnp.zeros((2, 1)), "bias": jnp.array([0.5])}}
     negatives = jnp.array([[[0.5], [0.0]], [[-0.5], [1.0]]])
     action = jnp.array([[0.0], [1.0]])
@@ -146,49 +147,54 @@ def test_leading_dims_broadcast():
 
 
 # ============================================================= Optimum in closed form
-# M* = min(1, p / u). The last updates run at a tenth of the learning rate, so that the
-# network compared is not one noisy iterate.
+# M* = min(1, p / u). Where p / u is steep, single networks scatter by up to .1 (2-D),
+# so four seeds are fitted side by side and their median is judged; the last updates run
+# at a tenth of the learning rate. A million actions, because of 100,000 a sample can
+# hold 12 % too many at a point, which the network then rightly learns.
 
-FAST = Config(hidden_dims=(64, 64, 64), learning_rate=1e-3, batch_size=512)
-SLOW = Config(hidden_dims=(64, 64, 64), learning_rate=1e-4, batch_size=512)
+NET = {"hidden_dims": (64, 64, 64), "batch_size": 256}
+FAST, SLOW = Config(learning_rate=1e-3, **NET), Config(learning_rate=1e-4, **NET)
 
 
-def fit_gaussian(sd: list[float], scale: jax.Array, num: int, num_negatives: int = 1):
-    """Parameters fitted to N(0, diag(sd^2)) in the box, from seed 0; scale scalar."""
+def fitted_certainty(
+    sd: list[float],
+    action: jax.Array,
+    scale: jax.Array,
+    configs: tuple[Config, Config] = (FAST, SLOW),
+    seeds: range = range(4),
+) -> np.ndarray:
+    """Median over seeds of M at `action`, fitted to N(0, diag(sd^2)) in the box."""
     rng = np.random.default_rng(0)
-    action = rng.normal(size=(100_000, len(sd))) * sd
-    action = jnp.asarray(action[(abs(action) < 1).all(axis=1)], jnp.float32)
-    obs = jnp.zeros((len(action), 1))
-    state = morse.init(jax.random.key(0), 1, len(sd), FAST)
-    key = jax.random.key(1)
-    for start, count, base in ((0, num, FAST), (num, 1000, SLOW)):
-        fields = {**vars(base), "num_negatives": num_negatives}
-        config = Config(**fields)
-        state, _ = morse.train(state, obs, action, key, start, count, scale, config)
-    return state.params
+    data = rng.standard_normal((1_000_000, len(sd)), dtype=np.float32) * np.float32(sd)
+    data = jnp.asarray(data[(abs(data) < 1).all(axis=1)])
+    obs = jnp.zeros((len(data), 1))
+
+    def run(seed: jax.Array) -> jax.Array:
+        key_init, key = jax.random.split(jax.random.key(seed))
+        state = morse.init(key_init, 1, len(sd), configs[0])
+        for start, count, config in ((0, 3000, configs[0]), (3000, 1000, configs[1])):
+            state, _ = morse.train(state, obs, data, key, start, count, scale, config)
+        return morse.certainty(state.params, obs[0], action, scale)
+
+    return np.median(jax.vmap(run)(jnp.arange(seeds.start, seeds.stop)), axis=0)
 
 
-# N(0, .3^2), u = 1/2: p / u = 2 / (.3 sqrt(2 pi)) e^(-a^2 / .18) = 2.6596 e^(-a^2 / .18);
+# N(0, .3^2), u = 1/2: p / u = 2 / (.3 sqrt(2 pi)) e^(-a^2 / .18)
+#                            = 2.6596 e^(-a^2 / .18)
 # a = .5: 2.6596 e^-1.38889 = .663; a = .6: .360; .7: .175; .8: .076; .9: .030
-ACTIONS_1D = jnp.array(
-    [[0.0], [0.2], [-0.2], [0.5], [-0.5], [0.6], [0.7], [0.8], [0.9]]
-)
+ACTIONS_1D = jnp.array([0.0, 0.2, -0.2, 0.5, -0.5, 0.6, 0.7, 0.8, 0.9])[:, None]
 OPTIMUM_1D = [1.0, 1.0, 1.0, 0.663, 0.663, 0.360, 0.175, 0.076, 0.030]
 
 
-def test_optimum_in_1d_whatever_the_scale():
-    scales = jnp.array([0.5, 5.0])
-    params = jax.vmap(lambda scale: fit_gaussian([0.3], scale, 3000))(scales)
-    found = jax.vmap(lambda p, lam: morse.certainty(p, jnp.zeros(1), ACTIONS_1D, lam))(
-        params, scales
-    )
-    np.testing.assert_allclose(found[0], OPTIMUM_1D, atol=0.05)
-    np.testing.assert_allclose(found[1], OPTIMUM_1D, atol=0.05)
+@pytest.mark.parametrize("scale", [0.5, 5.0])
+def test_optimum_in_1d_whatever_the_scale(scale):
+    found = fitted_certainty([0.3], ACTIONS_1D, jnp.array(scale))
+    np.testing.assert_allclose(found, OPTIMUM_1D, atol=0.05)
 
 
 def test_optimum_in_1d_whatever_the_number_of_negatives():
-    params = fit_gaussian([0.3], jnp.array(1.0), 2000, num_negatives=4)
-    found = morse.certainty(params, jnp.zeros(1), ACTIONS_1D, 1.0)
+    fast, slow = (dataclasses.replace(c, num_negatives=4) for c in (FAST, SLOW))
+    found = fitted_certainty([0.3], ACTIONS_1D, jnp.array(1.0), (fast, slow), range(1))
     np.testing.assert_allclose(found, OPTIMUM_1D, atol=0.05)
 
 
@@ -197,16 +203,13 @@ def test_optimum_in_2d():
     # d = a^2 / .045 + b^2 / .32, and 4 / (2 pi .06) = 10.610
     # (.4, 0): d = 3.5556, .303; (0, .9): d = 2.5313, .844; (.2, .8): d = 2.8889, .590
     # (.35, 0): d = 2.7222, .697; (-.3, -.5): d = 2.7813, .657; (-.8, .8): 7e-7
-    action = jnp.array(
-        [[0.0, 0.0], [0.1, 0.3], [0.4, 0.0], [0.0, 0.9], [0.2, 0.8]]
-        + [[0.35, 0.0], [-0.3, -0.5], [-0.8, 0.8]]
-    )
-    optimum = np.array([1.0, 1.0, 0.303, 0.844, 0.590, 0.697, 0.657, 0.0])
-    params = fit_gaussian([0.15, 0.4], jnp.array(1.0), 4000)
-    found = np.asarray(morse.certainty(params, jnp.zeros(1), action, 1.0))
-    print(found)
-    assert abs(found - optimum).max() < 0.12
-    assert abs(found - optimum).mean() < 0.05
+    x = [0.0, 0.1, 0.4, 0.0, 0.2, 0.35, -0.3, -0.8]
+    y = [0.0, 0.3, 0.0, 0.9, 0.8, 0.0, -0.5, 0.8]
+    optimum = [1.0, 1.0, 0.303, 0.844, 0.590, 0.697, 0.657, 0.0]
+    action = jnp.stack([jnp.array(x), jnp.array(y)], axis=-1)
+    found = fitted_certainty([0.15, 0.4], action, jnp.array(1.0))
+    np.testing.assert_allclose(found, optimum, atol=0.1)
+    assert np.mean(abs(found - optimum)) < 0.05
 
 
 # ============================================================================= Updates
@@ -233,7 +236,8 @@ def test_metrics_are_the_mean_over_the_scan(dataset):
 def test_update_t_uses_the_folded_key(dataset):
     state, key = morse.init(jax.random.key(0), 3, 2, SMALL), jax.random.key(1)
     scanned, _ = morse.train(state, *dataset, key, 7, 1, 1.0, SMALL)
-    alone, _ = morse.update(state, *dataset, jax.random.fold_in(key, 7), 1.0, SMALL)
+    obs, action = dataset
+    alone, _ = morse.update(state, obs, action, jax.random.fold_in(key, 7), 1.0, SMALL)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
         scanned.params,
@@ -365,7 +369,7 @@ def test_toy_draws_its_picture_and_ends_with_its_folder(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [("--scale", 0), ("--num-morse-updates", 0), ("--seed", -1), ("--kappa", 0)],
+    [("--num-morse-updates", 0), ("--kappa", 0)],
 )
 def test_mistakes_end_with_exit_code_2(options, tmp_path):
     done = command(*options, cwd=tmp_path)

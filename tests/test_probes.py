@@ -21,7 +21,7 @@ PROBE = Config(
     actor_learning_rate=1e-3,
     critic_learning_rate=3e-3,
     batch_size=64,
-    polyak=0.02,
+    polyak=0.1,
     morse_net=morse.Config(hidden_dims=(64, 64), learning_rate=2e-3),
 )
 
@@ -50,3 +50,130 @@ def q_of(agent, obs, action):
     """The first critic's Q of each seed, (seed, B)."""
     q = partial(td3_bst.q_values, config=PROBE)
     return jax.vmap(q, (0, None, None))(agent.critics, obs, action)[:, 0]
+
+
+@jax.jit
+def actions_of(agent, obs):
+    """Each seed's pi(s), (seed, B)."""
+    policy = partial(td3_bst.policy, config=PROBE)
+    return jax.vmap(policy, (0, None))(agent.actor, obs)[..., 0]
+
+
+@partial(jax.jit, static_argnames="num_updates")
+def fit_morse(keys, data: Transition, scale, num_updates=1500):
+    def one_seed(key):
+        key_init, key_train = jax.random.split(key)
+        state = morse.init(key_init, 1, 1, PROBE.morse_net)
+        start, config = jnp.int32(0), PROBE.morse_net
+        args = state, data.obs, data.action, key_train, start, num_updates
+        return morse.train(*args, scale, config)[0].params
+
+    return jax.vmap(one_seed)(keys)
+
+
+@jax.jit
+def certainty_of(morse_params, obs, action, scale):
+    """Each seed's M(s, a) for its own actions (seed, B)."""
+    certainty = jax.vmap(morse.certainty, (0, None, 0, None))
+    return certainty(morse_params, obs, action[..., None], scale)
+
+
+def f32(values) -> jax.Array:
+    return jnp.asarray(values, jnp.float32)
+
+
+def transitions(action, reward, obs=None, next_obs=None, terminal=1.0) -> Transition:
+    """NUM transitions from numbers or (NUM,) arrays; observations are noise if unset."""
+    noise = np.random.default_rng(1).uniform(-1, 1, NUM)
+    obs = noise if obs is None else obs
+    next_obs = obs if next_obs is None else next_obs
+    each = np.ones(NUM)
+    return Transition(
+        obs=f32(obs * each)[:, None],
+        action=f32(action * each)[:, None],
+        reward=f32(reward * each),
+        next_obs=f32(next_obs * each)[:, None],
+        terminal=f32(terminal * each),
+    )
+
+
+@pytest.fixture(scope="module")
+def unfitted(keys: jax.Array) -> Params:
+    """Any Morse network will do where lam = 0: M = exp(0) = 1, so omega = 0."""
+    return jax.vmap(lambda key: morse.init(key, 1, 1, PROBE.morse_net).params)(keys)
+
+
+NO_PULL = f32(0.0)  # lam
+MU = f32(0.1)
+UNIFORM = np.random.default_rng(2).uniform(-1, 1, NUM)  # actions
+POINTS = f32(np.linspace(-0.9, 0.9, 7))[:, None]  # observations, or actions
+
+
+def test_a_last_reward_is_its_value(keys: jax.Array, unfitted: Params):
+    # r = .7 and terminal: Q = .7. Bootstrapped, it would grow to .7 / (1 - .9) = 7.
+    data = transitions(UNIFORM, reward=0.7)
+    agent, _ = train(keys, data, unfitted, NO_PULL, MU)
+    q = np.median(q_of(agent, POINTS, POINTS), axis=0)
+    assert q == pytest.approx(np.full(7, 0.7), abs=0.02)
+
+
+def test_a_reward_without_end_is_worth_ten(keys: jax.Array, unfitted: Params):
+    # r = 1 for ever, a time-out being no end: Q = 1 / (1 - .9) = 10.
+    data = transitions(UNIFORM, reward=1.0, terminal=0.0)
+    agent, _ = train(keys, data, unfitted, NO_PULL, MU)
+    q = np.median(q_of(agent, POINTS, POINTS), axis=0)
+    assert q == pytest.approx(np.full(7, 10.0), rel=0.03)
+
+
+def test_a_later_reward_is_discounted(keys: jax.Array, unfitted: Params):
+    # From s = -1 without reward to s = 1, from there with r = 1 to the end:
+    # Q(1, a) = 1, Q(-1, a) = .9.
+    first = np.arange(NUM) % 2 == 0
+    obs = np.where(first, -1.0, 1.0)
+    data = transitions(
+        UNIFORM, reward=~first * 1.0, obs=obs, next_obs=1.0, terminal=~first * 1.0
+    )
+    agent, _ = train(keys, data, unfitted, NO_PULL, MU)
+    for place, value in ((-1.0, 0.9), (1.0, 1.0)):
+        q = np.median(q_of(agent, jnp.full((7, 1), place), POINTS), axis=0)
+        assert q == pytest.approx(np.full(7, value), abs=0.03)
+
+
+def test_the_better_of_two_modes(keys: jax.Array):
+    # Actions N(+-.5, .1^2), half each; the upper ones are worth 1, the lower ones 0.
+    # Cloning would give the mean, 0, which nobody did. In distribution is where
+    # p / u = .5 * 3.99 exp(-(a - .5)^2 / .02) / .5 >= 1: |a - .5| <= .166.
+    upper = np.arange(NUM) % 2 == 0
+    noise = np.random.default_rng(3).normal(0, 0.1, NUM)
+    data = transitions(np.where(upper, 0.5, -0.5) + noise, reward=upper * 1.0)
+    scale = f32(2.0)
+    morse_params = fit_morse(keys, data, scale)
+    agent, _ = train(keys, data, morse_params, scale, f32(0.5))
+    action = actions_of(agent, POINTS)
+    assert np.abs(np.median(action, axis=0) - 0.5).max() < 0.2
+    certainty = np.median(certainty_of(morse_params, POINTS, action, scale), axis=0)
+    assert certainty.min() > 0.8
+
+
+def test_a_better_action_outside_the_data(keys: jax.Array):
+    # Actions N(0, .1^2) and r = 1 + a, so Q goes on rising outside the data, whose
+    # support ends where p / u = 3.99 exp(-a^2 / .02) / .5 = 1: at a = .204.
+    action = np.random.default_rng(4).normal(0, 0.1, NUM)
+    data, scale = transitions(action, reward=1 + action), f32(2.0)
+    morse_params = fit_morse(keys, data, scale)
+
+    agent, metrics = train(keys, data, morse_params, scale, MU)
+    inside = actions_of(agent, POINTS)
+    certainty = np.median(certainty_of(morse_params, POINTS, inside, scale), axis=0)
+    assert certainty.min() > 0.8
+    middle = np.median(inside, axis=0)
+    assert middle.min() > 0.1  # better than the data's mean, 0
+    assert middle.max() < 0.25
+
+    # The same with M = 1 everywhere is plain TD3, which follows Q out of the data.
+    agent, metrics = train(keys, data, morse_params, NO_PULL, MU)
+    outside = actions_of(agent, POINTS)
+    assert np.median(outside, axis=0).min() > 0.9
+    certainty = np.median(certainty_of(morse_params, POINTS, outside, scale), axis=0)
+    assert certainty.max() < 0.01
+    np.testing.assert_array_equal(metrics["omega_max"], np.zeros(4))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import jax
@@ -15,17 +16,14 @@ import minari
 import numpy as np
 import pytest
 from minari.data_collector import EpisodeBuffer
-from safetensors.numpy import load_file
 
 import td3_bst
 from common import checkpoint, options, rollout, run
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-SMALL = (
-    "--hidden-dims 8 8 --batch-size 16 --num-morse-updates 20 "
-    "--morse-net.hidden-dims 8 8 --morse-net.batch-size 16"
-).split()
+NARROW = ["--hidden-dims", "8", "8", "--morse-net.hidden-dims", "8", "8"]
+SMALL = [*NARROW, "--batch-size", "16", "--num-morse-updates", "20"]
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +66,8 @@ def pendulum(tmp_path_factory):
                         "observation": obs,
                         "action": action,
                         "reward": reward,
-                        "termination": terminated,
-                        "truncation": truncated,
+                        "terminated": terminated,
+                        "truncated": truncated,
                         "info": info,
                     }
                 )
@@ -144,10 +142,8 @@ def test_policy_folder_has_neither_time_nor_path(capsys, tmp_path, arrays_file):
 
 
 def test_evaluation_off_without_an_environment(capsys, tmp_path, arrays_file):
-    td3_bst.main(
-        ["--dataset", str(arrays_file), "--num-updates", "10", *SMALL]
-        + ["--run-dir", str(tmp_path)]
-    )
+    args = ["--dataset", str(arrays_file), "--run-dir", str(tmp_path)]
+    td3_bst.main([*args, "--num-updates", "10", *SMALL])
     out = capsys.readouterr().out
     folder = Path(out.splitlines()[-1])
     assert "evaluation is off: " in out
@@ -189,7 +185,7 @@ def test_three_kills_then_resume_is_bit_identical(tmp_path, pendulum):
     ).stdout.splitlines()[-1]
     rng = random.Random(0)
     parts = tmp_path / "parts"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     first = subprocess.Popen(command(*args, "--run-dir", parts), **quiet)
     kill_when(first, lambda: any(parts.glob("*/config.json")), rng.uniform(0, 1))
     (folder,) = parts.iterdir()
@@ -339,10 +335,11 @@ def test_help_is_grouped_and_flags_are_bare():
     out = subprocess.run(
         command("--help"), capture_output=True, text=True, check=True
     ).stdout
-    for flag in (
-        "--dataset --seed --num-seeds --num-updates --eval-every --eval-episodes "
-        "--num-morse-updates --run-dir --resume --morse --eval-map --mu --scale"
-    ).split():
+    flags = """
+        dataset seed num-seeds num-updates eval-every eval-episodes num-morse-updates
+        run-dir resume morse eval-map mu scale
+    """
+    for flag in (f"--{name}" for name in flags.split()):
         assert f"│ {flag} " in out, flag
     assert "run options" in out
     assert "morse-net options" in out

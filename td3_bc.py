@@ -1,0 +1,416 @@
+"""TD3+BC: TD3 with a constant pull towards the data, offline, in one file.
+
+The minimalist offline method, and TD3-BST without its supervisor: `diff td3_bc.py
+td3_bst.py` is what behavioral supervisor tuning adds. `--alpha 0` is plain behaviour
+cloning with squared error.
+
+    L_pi = mean[||pi(s) - a||^2 / A - alpha Q_1(s, pi(s)) / Z_Q]
+           Z_Q = mean |Q_1(s, pi(s))|, a constant to the gradient
+    y    = r + gamma (1 - terminal) min_i Q'_i(s', a'),
+           a' = clip(pi'(s') + clip(sigma eps, -c, c), -1, 1)
+    L_Q  = sum_i mean[(Q_i(s, a) - y)^2]
+
+Paper  Fujimoto & Gu, NeurIPS 2021, arXiv 2106.06860.
+Run    uv run td3_bc.py
+Copy   this file; delete `main`. Needs jax, flax, optax, chex.
+Shapes B batch, N transitions, S observation, A action; actions lie in [-1, 1].
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Params = Any  # a pytree of arrays
+Metrics = dict[str, jax.Array]
+
+
+# ============================================================================ Config
+
+
+@dataclass(frozen=True)
+class Config:
+    """TD3+BC's options. Unset (None) ones take the domain's value, see DEFAULTS."""
+
+    alpha: float = 2.5  # alpha, weight of Q / Z_Q against the squared error; 0: BC
+    discount: float | None = None  # gamma, per step
+    reward_scale: float | None = None  # the reward is multiplied by this, then
+    reward_shift: float | None = None  # this is added
+    normalize_obs: bool | None = None  # standardise observations by the dataset
+    critic_layer_norm: bool | None = None  # layer norm in the critics' hidden layers
+    hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor and critics
+    actor_learning_rate: float = 3e-4  # Adam's step size
+    critic_learning_rate: float = 3e-4  # Adam's step size
+    batch_size: int = 256  # B, transitions per update
+    polyak: float = 0.005  # tau, share of the new parameters in the targets
+    policy_noise: float = 0.2  # sigma of the target action's noise
+    noise_clip: float = 0.5  # c, largest noise
+    policy_delay: int = 2  # critic updates per update of actor and targets
+
+    def __post_init__(self) -> None:
+        positive = ("actor_learning_rate", "critic_learning_rate")
+        for name in (*positive, "batch_size", "policy_delay", "reward_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        if not self.alpha >= 0:
+            raise ValueError(f"alpha must not be negative, got {self.alpha}")
+        if self.discount is not None and not 0 <= self.discount <= 1:
+            raise ValueError(f"discount must lie in [0, 1], got {self.discount}")
+        if not 0 < self.polyak <= 1:
+            raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}")
+        if min(self.policy_noise, self.noise_clip) < 0:
+            raise ValueError("policy_noise and noise_clip must not be negative")
+        if not self.hidden_dims or min(self.hidden_dims) < 1:
+            raise ValueError(f"hidden_dims must be positive, got {self.hidden_dims}")
+
+
+LOCOMOTION = dict(
+    discount=0.99,
+    reward_scale=1.0,
+    reward_shift=0.0,
+    normalize_obs=True,
+    critic_layer_norm=False,
+)
+DEFAULTS = {  # first values from short experiments, results/LOG.md
+    "locomotion": LOCOMOTION,
+    "pointmaze": LOCOMOTION | dict(discount=0.97, reward_shift=-1.0),
+    "antmaze": LOCOMOTION
+    | dict(reward_scale=100.0, normalize_obs=False, critic_layer_norm=True),
+    "other": LOCOMOTION,  # untested
+}
+
+
+def resolve(config: Config, domain: str) -> Config:
+    """Returns `config` with every unset option at its domain's value."""
+    defaults = DEFAULTS[domain]
+    unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
+    return dataclasses.replace(config, **unset)
+
+
+# ============================================================================= Types
+
+
+class Transition(NamedTuple):
+    """N or B transitions; a time-out is not terminal."""
+
+    obs: jax.Array  # (N, S)
+    action: jax.Array  # (N, A) in [-1, 1]
+    reward: jax.Array  # (N,)
+    next_obs: jax.Array  # (N, S)
+    terminal: jax.Array  # (N,) 1.0 where the task itself ended
+
+
+class AgentState(NamedTuple):
+    """Everything that training changes."""
+
+    actor: Params
+    critics: Params  # twin: leading axis 2
+    target_actor: Params
+    target_critics: Params
+    actor_opt: optax.OptState
+    critic_opt: optax.OptState
+
+
+# ========================================================================== Networks
+
+
+def dense(x: jax.Array, features: int) -> jax.Array:
+    """A layer initialised as the TD3+BC reference: U(+-1/sqrt(fan_in)), bias too."""
+    bound = x.shape[-1] ** -0.5
+
+    def uniform(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nn.Dense(features, kernel_init=uniform, bias_init=uniform)(x)
+
+
+class Actor(nn.Module):
+    """pi(s): ReLU layers, tanh output."""
+
+    hidden_dims: tuple[int, ...]
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, obs: jax.Array) -> jax.Array:
+        x = obs
+        for width in self.hidden_dims:
+            x = nn.relu(dense(x, width))
+        return jnp.tanh(dense(x, self.action_dim))
+
+
+class Critic(nn.Module):
+    """Q(s, a): ReLU layers, layer norm before each ReLU where asked."""
+
+    hidden_dims: tuple[int, ...]
+    layer_norm: bool
+
+    @nn.compact
+    def __call__(self, obs: jax.Array, action: jax.Array) -> jax.Array:
+        x = jnp.concatenate([obs, action], axis=-1)
+        for width in self.hidden_dims:
+            x = dense(x, width)
+            x = nn.relu(nn.LayerNorm()(x) if self.layer_norm else x)
+        return dense(x, 1).squeeze(-1)
+
+
+def policy(actor: Params, obs: jax.Array, config: Config) -> jax.Array:
+    """The deterministic action pi(s), (..., A) in [-1, 1]."""
+    action_dim = actor["params"][f"Dense_{len(config.hidden_dims)}"]["bias"].shape[-1]
+    apply: Any = Actor(config.hidden_dims, action_dim).apply
+    return apply(actor, obs)
+
+
+def q_values(
+    critics: Params, obs: jax.Array, action: jax.Array, config: Config
+) -> jax.Array:
+    """Both critics' Q(s, a), (2, B)."""
+    apply: Any = Critic(config.hidden_dims, bool(config.critic_layer_norm)).apply
+    return jax.vmap(apply, (0, None, None))(critics, obs, action)
+
+
+# ============================================================================ Losses
+
+
+def td_target(
+    agent: AgentState, batch: Transition, key: jax.Array, config: Config
+) -> jax.Array:
+    """y (B,): clipped double Q at the smoothed target action (TD3, eqs. 10 and 14)."""
+    noise = config.policy_noise * jax.random.normal(key, batch.action.shape)
+    noise = jnp.clip(noise, -config.noise_clip, config.noise_clip)
+    next_action = policy(agent.target_actor, batch.next_obs, config)
+    next_action = jnp.clip(next_action + noise, -1.0, 1.0)
+    next_q = q_values(agent.target_critics, batch.next_obs, next_action, config)
+    return batch.reward + config.discount * (1.0 - batch.terminal) * next_q.min(axis=0)
+
+
+def critic_loss(
+    critics: Params, batch: Transition, target: jax.Array, config: Config
+) -> tuple[jax.Array, Metrics]:
+    """L_Q: the squared TD errors, mean over the batch, summed over the twins."""
+    q = q_values(critics, batch.obs, batch.action, config)
+    chex.assert_equal_shape([q[0], target])
+    loss = jnp.square(q - target[None]).mean(axis=1).sum()
+    return loss, {"critic_loss": loss, "q_data": q[0].mean()}
+
+
+def actor_loss(
+    actor: Params, critics: Params, batch: Transition, config: Config
+) -> tuple[jax.Array, Metrics]:
+    """L_pi: alpha Q_1 / Z_Q against the mean squared distance to the data's action."""
+    action = policy(actor, batch.obs, config)
+    chex.assert_equal_shape([action, batch.action])
+    q = q_values(critics, batch.obs, action, config)[0]
+    z_q = jax.lax.stop_gradient(jnp.abs(q).mean())
+    distance = jnp.square(action - batch.action).sum(axis=-1)  # (B,)
+    loss = distance.mean() / action.shape[-1] - config.alpha * q.mean() / z_q
+    return loss, {"actor_loss": loss, "q": q.mean(), "distance": distance.mean()}
+
+
+# =========================================================================== Updates
+
+
+def optimizers(
+    config: Config,
+) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """Adam for the actor and for the critics."""
+    actor, critics = config.actor_learning_rate, config.critic_learning_rate
+    return optax.adam(actor), optax.adam(critics)
+
+
+def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> AgentState:
+    """Fresh networks; the targets are copies, so the state can be donated."""
+    key_actor, key_critics = jax.random.split(key)
+    obs, action = jnp.zeros((1, obs_dim)), jnp.zeros((1, action_dim))
+    actor = Actor(config.hidden_dims, action_dim).init(key_actor, obs)
+    critic = Critic(config.hidden_dims, bool(config.critic_layer_norm))
+    keys = jax.random.split(key_critics, 2)
+    critics = jax.vmap(critic.init, (0, None, None))(keys, obs, action)
+    adam_actor, adam_critics = optimizers(config)
+    return AgentState(
+        actor=actor,
+        critics=critics,
+        target_actor=jax.tree.map(jnp.copy, actor),
+        target_critics=jax.tree.map(jnp.copy, critics),
+        actor_opt=adam_actor.init(actor),
+        critic_opt=adam_critics.init(critics),
+    )
+
+
+def update_critics(
+    agent: AgentState, batch: Transition, key: jax.Array, config: Config
+) -> tuple[AgentState, Metrics]:
+    """One Adam step of the twin critics."""
+    target = td_target(agent, batch, key, config)
+    grad, metrics = jax.grad(critic_loss, has_aux=True)(
+        agent.critics, batch, target, config
+    )
+    _, adam = optimizers(config)
+    step, critic_opt = adam.update(grad, agent.critic_opt)
+    critics = optax.apply_updates(agent.critics, step)
+    metrics["critic_grad_norm"] = optax.tree.norm(grad)
+    return agent._replace(critics=critics, critic_opt=critic_opt), metrics
+
+
+def update_actor(
+    agent: AgentState, batch: Transition, config: Config
+) -> tuple[AgentState, Metrics]:
+    """One Adam step of the actor, then all targets follow the new parameters."""
+    grad, metrics = jax.grad(actor_loss, has_aux=True)(
+        agent.actor, agent.critics, batch, config
+    )
+    adam, _ = optimizers(config)
+    step, actor_opt = adam.update(grad, agent.actor_opt)
+    actor = optax.apply_updates(agent.actor, step)
+    metrics["actor_grad_norm"] = optax.tree.norm(grad)
+    return agent._replace(
+        actor=actor,
+        actor_opt=actor_opt,
+        target_actor=optax.incremental_update(actor, agent.target_actor, config.polyak),
+        target_critics=optax.incremental_update(
+            agent.critics, agent.target_critics, config.polyak
+        ),
+    ), metrics
+
+
+def sample(data: Transition, key: jax.Array, batch_size: int) -> Transition:
+    """A uniform batch, with replacement."""
+    index = jax.random.randint(key, (batch_size,), 0, data.reward.shape[0])
+    return jax.tree.map(lambda x: x[index], data)
+
+
+def update(
+    agent: AgentState,
+    data: Transition,
+    key: jax.Array,
+    step: jax.Array,
+    config: Config,
+) -> tuple[AgentState, Metrics]:
+    """`policy_delay` critic updates on fresh batches, then one of the actor.
+
+    Critic update t draws from fold_in(key, t), t = step, step + 1, ...; the actor
+    uses the last batch, as TD3's reference code does.
+    """
+    batch, critic_metrics = data, {}
+    for i in range(config.policy_delay):
+        key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step + i))
+        batch = sample(data, key_batch, config.batch_size)
+        agent, critic_metrics = update_critics(agent, batch, key_noise, config)
+    agent, actor_metrics = update_actor(agent, batch, config)
+    return agent, critic_metrics | actor_metrics
+
+
+# ============================================================================= Train
+
+
+def prepare(
+    data: Transition, config: Config
+) -> tuple[Transition, np.ndarray, np.ndarray]:
+    """Standardises observations, transforms rewards; numpy in, numpy out.
+
+    Returns:
+        The float32 transitions to train on, and `mean` and `std` (S,) such that the
+        policy's input is (obs - mean) / std. `std` includes TD3+BC's epsilon of 1e-3.
+    """
+    obs = np.asarray(data.obs, np.float32)
+    mean, std = np.zeros_like(obs[0]), np.ones_like(obs[0])
+    if config.normalize_obs:
+        mean = obs.mean(axis=0, dtype=np.float64).astype(np.float32)
+        std = (obs.std(axis=0, dtype=np.float64) + 1e-3).astype(np.float32)
+    reward = config.reward_scale * np.asarray(data.reward, np.float32)
+    reward = (config.reward_shift + reward).astype(np.float32)
+    next_obs = (np.asarray(data.next_obs, np.float32) - mean) / std
+    action = np.asarray(data.action, np.float32)
+    terminal = np.asarray(data.terminal, np.float32)
+    arrays = ((obs - mean) / std, action, reward, next_obs, terminal)
+    return Transition._make(arrays), mean, std
+
+
+def train(
+    agent: AgentState,
+    data: Transition,
+    key: jax.Array,
+    start: jax.Array,
+    num_updates: int,
+    config: Config,
+) -> tuple[AgentState, Metrics]:
+    """`num_updates` critic updates, counted from `start`, fused in one scan.
+
+    The key of update t is fold_in(key, t), so two calls of n equal one of 2n.
+
+    Args:
+        start: () updates done so far. num_updates: static, a multiple of policy_delay.
+    Returns:
+        The new state; metrics, their mean over the scan.
+    """
+    steps = start + jnp.arange(0, num_updates, config.policy_delay)
+    agent, metrics = jax.lax.scan(
+        lambda agent, step: update(agent, data, key, step, config), agent, steps
+    )
+    return agent, jax.tree.map(jnp.mean, metrics)
+
+
+# ============================================================================== Main
+
+
+def main(args: list[str] | None = None) -> None:
+    """Loads, pretrains, trains, evaluates and writes; see `--help`."""
+    import morse  # a diagnostic here: how certain are the policy's actions?
+    from common import datasets, run, seeds
+    from common.options import parse
+
+    options, config = parse("td3_bc", Config(), __doc__ or "", args)
+    options = dataclasses.replace(
+        options, num_morse_updates=options.num_morse_updates or 0
+    )
+    begin = time.perf_counter()
+    seeds.use_cores(options.num_seeds)
+    dataset = datasets.load(options.dataset, options.eval_map)
+    config = resolve(config, dataset.domain)
+    data, mean, std = prepare(
+        Transition(*(getattr(dataset, name) for name in Transition._fields)), config
+    )
+    job = run.Run("td3_bc", options, config, dataset, mean, std)
+    job.wall["load"] = time.perf_counter() - begin
+    data = job.place(data)
+
+    dims = {"obs_dim": dataset.obs_dim, "action_dim": dataset.action_dim}
+    agent = job.map(partial(init, **dims, config=config), True)(job.keys(0))
+    step, restored = 0, job.restore(agent)
+    if restored is None:
+        job.checkpoint(0, agent, agent.actor)
+    else:
+        agent, step = restored
+        job.evaluate_again(step, agent.actor)
+
+    program = job.chunked(partial(train, config=config), True, False, True, False)
+    keys = job.keys(2)
+    for start, length in job.chunks("TD3+BC", step, job.num_updates, job.eval_every):
+        with job.timed("training"):
+            agent, metrics = program(length, agent, data, keys, np.int32(start))
+            job.record(metrics, length)
+        if job.due(start + length):
+            job.checkpoint(start + length, agent, agent.actor)
+
+    density, net, scale = None, morse.Config(), dataset.action_dim / 2
+    if options.morse or options.num_morse_updates:
+        morse_init = partial(morse.init, **dims, config=net)
+        state = job.map(morse_init, True)(job.keys(1))
+        params = run.fit_morse(job, state, data.obs, data.action, scale, net)
+        first = jax.tree.map(lambda x: np.asarray(x)[0], params)
+        density = partial(morse.certainty, first, scale=scale, config=net)
+    job.finish(agent.actor, density)
+
+
+if __name__ == "__main__":
+    from common.run import guarded
+
+    guarded(main)

@@ -1,0 +1,850 @@
+"""TD3-BST's equations against numbers worked out by hand, and its properties."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    ACTION_DIM,
+    OBS_DIM,
+    SMALL,
+    actor_grad,
+    actor_loss,
+    assert_changed,
+    assert_same,
+    bst_of,
+    f32,
+    init,
+    net,
+    random_agent,
+    random_data,
+    train,
+    twins,
+    update,
+    update_actor,
+    update_critics,
+)
+
+import morse
+import td3_bst
+from td3_bst import AgentState, Config, Supervisor, Transition
+
+# Networks by hand have one observation and one hidden unit, kept in ReLU's linear half
+# by a bias of 10 that the output's bias takes off again.
+HAND = dataclasses.replace(SMALL, hidden_dims=(1,), policy_noise=0.0)
+QUIET = dataclasses.replace(SMALL, policy_noise=0.0)
+
+
+def actor_net(obs_weight: list[float], action: list[float]) -> Any:
+    """pi(s) = tanh(obs_weight s + atanh(action)), one entry per action dimension."""
+    return {
+        "params": net(([[1]], [10]), ([obs_weight], output_bias(obs_weight, action)))
+    }
+
+
+def output_bias(obs_weight: list[float], action: list[float]) -> list[float]:
+    return [math.atanh(a) - 10 * w for w, a in zip(obs_weight, action, strict=True)]
+
+
+def critic_net(obs_weight: float, action_weight: list[float], constant: float) -> Any:
+    """Q(s, a) = obs_weight s + action_weight a + constant."""
+    kernel = [[obs_weight], *[[w] for w in action_weight]]
+    return net((kernel, [10]), ([[1]], [constant - 10]))
+
+
+def agent_by_hand(target_actor: Any, target_critics: Any) -> AgentState:
+    """Targets by hand; NaN where td_target must not look."""
+    actor, critics = jax.tree.map(
+        lambda x: jnp.full_like(x, jnp.nan), (target_actor, target_critics)
+    )
+    return AgentState(actor, critics, target_actor, target_critics, (), ())
+
+
+def transitions(
+    num: int,
+    action: Any = 0.0,
+    obs: Any = 0.0,
+    next_obs: Any = 0.0,
+    terminal: Any = 0.0,
+) -> Transition:
+    """`num` transitions with reward 1; `action` is (A,) or (num, A)."""
+    action = np.atleast_1d(np.asarray(action, float))
+    action = np.broadcast_to(action, (num, action.shape[-1]))
+    column = np.ones((num, 1))
+    return Transition(
+        obs=f32(column * np.reshape(obs, (-1, 1))),
+        action=f32(action),
+        reward=jnp.ones(num),
+        next_obs=f32(column * np.reshape(next_obs, (-1, 1))),
+        terminal=f32(np.ones(num) * terminal),
+    )
+
+
+KEY = jax.random.key(0)
+
+
+# ============================================================================ Config
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(mu=0.01),
+        dict(mu=0.0),
+        dict(mu=-1.0),
+        dict(mu=math.nan),
+        dict(scale=0.0),
+        dict(discount=1.01),
+        dict(discount=-0.1),
+        dict(reward_scale=0.0),
+        dict(actor_learning_rate=0.0),
+        dict(critic_learning_rate=-1.0),
+        dict(batch_size=0),
+        dict(policy_delay=0),
+        dict(polyak=0.0),
+        dict(polyak=1.5),
+        dict(policy_noise=-0.1),
+        dict(noise_clip=-0.1),
+        dict(hidden_dims=()),
+        dict(hidden_dims=(256, 0)),
+    ],
+    ids=str,
+)
+def test_config_refuses(bad: dict[str, Any]):
+    (name,) = bad
+    with pytest.raises(ValueError, match=name):
+        Config(**bad)
+
+
+def test_config_takes_the_edges():
+    Config(mu=0.02, discount=1.0, polyak=1.0, policy_noise=0.0, noise_clip=0.0)
+    Config(mu=1e6, discount=0.0, batch_size=1, policy_delay=1, reward_shift=-1.0)
+
+
+@pytest.mark.parametrize("domain", td3_bst.DEFAULTS)
+def test_resolve_fills_what_is_unset(domain: str):
+    config = td3_bst.resolve(Config(batch_size=7), domain, action_dim=5)
+    assert config.scale == 2.5  # dim(A) / 2
+    for name, value in td3_bst.DEFAULTS[domain].items():
+        assert getattr(config, name) == value
+    assert None not in dataclasses.asdict(config).values()
+    assert config.batch_size == 7
+
+
+@pytest.mark.parametrize("domain", td3_bst.DEFAULTS)
+def test_resolve_keeps_what_is_set(domain: str):
+    # False and 0 are set, not unset.
+    config = Config(0.3, 4.0, True, 0.0, 2.0, 0.0, False, False)
+    assert td3_bst.resolve(config, domain, action_dim=5) == config
+
+
+# ======================================================================== Supervisor
+
+
+@pytest.mark.parametrize(
+    ("certainty", "mu", "omega"),
+    [
+        (1.0, 1.0, 0.0),  # exp(0) - 1
+        (1.0, 0.02, 0.0),
+        (0.5, 0.5, 1.718281828),  # exp(.5 / .5) - 1
+        (0.9, 0.1, 1.718281828),  # exp(.1 / .1) - 1
+        (0.0, 1.0, 1.718281828),  # exp(1) - 1
+        (0.0, 0.5, 6.389056099),  # exp(2) - 1
+        (0.0, 0.25, 53.59815003),  # exp(4) - 1
+        (0.0, 0.1, 22025.46579),  # exp(10) - 1
+        (0.0, 0.02, 5.184705529e21),  # exp(50) - 1, still a float32
+    ],
+)
+def test_supervisor_weight(certainty: float, mu: float, omega: float):
+    # f(s, a) = a + b, so M = exp(-lam^2/2 b^2) whatever s and a, for one action: with
+    # lam = 2, b = sqrt(-log(M) / 2).
+    offset = 100.0 if certainty == 0 else math.sqrt(-math.log(certainty) / 2)
+    bst = bst_of(net(([[0], [1]], [offset])), scale=2.0, mu=mu)
+    weight, uncertainty = td3_bst.supervisor(
+        bst, f32([[0.3], [-1.0]]), f32([[0.9], [-0.4]]), HAND
+    )
+    assert np.asarray(weight) == pytest.approx([omega, omega], rel=1e-5)
+    assert np.asarray(uncertainty) == pytest.approx([1 - certainty] * 2, rel=1e-5)
+
+
+def test_supervisor_weight_is_precise_near_zero():
+    # f(s, a) = a + .001 and lam = 2: C = 1 - exp(-2e-6) = 1.999998e-6, and with mu = 1
+    # omega = exp(C) - 1 = 2.000000e-6, where exp(C) would round to steps of 1e-7.
+    bst = bst_of(net(([[0], [1]], [1e-3])), scale=2.0, mu=1.0)
+    action = jnp.zeros((1, 1))  # so that a + .001 does not round either
+    weight, uncertainty = td3_bst.supervisor(bst, jnp.zeros((1, 1)), action, HAND)
+    assert float(weight[0]) == pytest.approx(2e-6, rel=1e-5)
+    assert float(uncertainty[0]) == pytest.approx(1.999998e-6, rel=1e-5)
+
+
+def test_supervisor_sums_over_action_dimensions():
+    # f = 0, lam = 1: M = exp(-||a||^2 / 2) = exp(-(.36 + .64) / 2) = .606531;
+    # C = .393469, mu = .5: omega = exp(.786939) - 1 = 1.196662.
+    bst = bst_of(net(([[0, 0]] * 3, [0, 0])))
+    weight, uncertainty = td3_bst.supervisor(
+        bst, jnp.ones((1, 1)), f32([[0.6, -0.8]]), HAND
+    )
+    assert float(uncertainty[0]) == pytest.approx(0.393469, abs=1e-6)
+    assert float(weight[0]) == pytest.approx(1.196662, abs=1e-5)
+
+
+def test_supervisor_uses_the_kernel_of_the_config():
+    # f = 0, a = 1, lam = 2, rational quadratic with kappa 1: M = 1 / (1 + 2) = 1/3,
+    # C = 2/3, mu = .5: omega = exp(4/3) - 1 = 2.793668.
+    morse_net = morse.Config(kernel="rq", kappa=1.0)
+    config = dataclasses.replace(HAND, morse_net=morse_net)
+    bst = bst_of(net(([[0], [0]], [0])), scale=2.0)
+    weight, _ = td3_bst.supervisor(bst, jnp.ones((1, 1)), jnp.ones((1, 1)), config)
+    assert float(weight[0]) == pytest.approx(2.793668, abs=1e-5)
+
+
+def test_one_compile_serves_every_mu_and_scale():
+    agent, bst = random_agent(0, QUIET)
+    batch = random_data(0, 16)
+
+    def loss_of(bst: Supervisor) -> jax.Array:
+        return td3_bst.actor_loss(agent.actor, agent.critics, bst, batch, QUIET)[0]
+
+    loss: Any = jax.jit(loss_of)
+    losses = [
+        float(loss(bst_of(bst.params, scale, mu)))
+        for scale, mu in [(1.0, 0.5), (3.0, 0.5), (1.0, 0.1)]
+    ]
+    assert len(set(losses)) == 3
+    assert loss._cache_size() == 1
+
+
+# ========================================================================== td_target
+
+
+@pytest.mark.parametrize(("q1", "q2"), [(3.0, 5.0), (5.0, 3.0)])
+def test_td_target(q1: float, q2: float):
+    # r = 1, gamma = .9, min Q' = 3: y = 1 + .9 * 3 = 3.7; terminal: y = r = 1.
+    critics = twins(critic_net(0, [0], q1), critic_net(0, [0], q2))
+    agent = agent_by_hand(actor_net([0], [0]), critics)
+    batch = transitions(2, terminal=[0, 1])
+    y = td3_bst.td_target(agent, batch, KEY, HAND)
+    assert np.asarray(y) == pytest.approx([3.7, 1.0], abs=1e-5)
+
+
+def test_td_target_takes_the_minimum_of_each_row():
+    # Q'_1 = s', Q'_2 = 1 - s'; s' = .2, .9: min = .2, .1; y = 1 + .9 min = 1.18, 1.09.
+    # A minimum of the means, .5 and .5, would be 1.45 twice.
+    critics = twins(critic_net(1, [0], 0), critic_net(-1, [0], 1))
+    agent = agent_by_hand(actor_net([0], [0]), critics)
+    batch = transitions(2, obs=[7, 8], next_obs=[0.2, 0.9])
+    y = td3_bst.td_target(agent, batch, KEY, HAND)
+    assert np.asarray(y) == pytest.approx([1.18, 1.09], abs=1e-5)
+
+
+def test_td_target_uses_the_target_policy_at_the_next_observation():
+    # Q'_1 = Q'_2 = 2 s' - a', pi'(s') = tanh(s'), the data's a and s not in it:
+    # s' = .5, a' = tanh(.5) = .462117: y = 1 + .9 (1 - .462117) = 1.484095.
+    critic = critic_net(2, [-1], 0)
+    agent = agent_by_hand(actor_net([1], [0]), twins(critic, critic))
+    batch = transitions(1, action=0.9, obs=-0.7, next_obs=0.5)
+    y = td3_bst.td_target(agent, batch, KEY, HAND)
+    assert float(y[0]) == pytest.approx(1.484095, abs=1e-5)
+
+
+def target_actions(action: float, noise: float, clip: float, num: int) -> np.ndarray:
+    """a' of `num` rows: gamma = 1 and Q' = a' - 1, so y = r + Q' = a'."""
+    critic = critic_net(0, [1], -1)
+    agent = agent_by_hand(actor_net([0], [action]), twins(critic, critic))
+    config = dataclasses.replace(
+        HAND, discount=1.0, policy_noise=noise, noise_clip=clip
+    )
+    return np.asarray(td3_bst.td_target(agent, transitions(num), KEY, config))
+
+
+def test_target_noise_is_clipped():
+    # pi' = .5, |noise| <= .3: a' in [.2, .8], and sigma = 100 reaches both ends.
+    drawn = target_actions(0.5, noise=100.0, clip=0.3, num=256)
+    assert drawn.min() == pytest.approx(0.2, abs=1e-5)
+    assert drawn.max() == pytest.approx(0.8, abs=1e-5)
+
+
+def test_target_action_is_clipped_to_the_box():
+    # pi' = +-.9, |noise| <= .5: a' in [.4, 1] and [-1, -.4].
+    drawn = target_actions(0.9, noise=100.0, clip=0.5, num=256)
+    assert (drawn.min(), drawn.max()) == pytest.approx((0.4, 1.0), abs=1e-5)
+    drawn = target_actions(-0.9, noise=100.0, clip=0.5, num=256)
+    assert (drawn.min(), drawn.max()) == pytest.approx((-1.0, -0.4), abs=1e-5)
+
+
+def test_target_noise_has_its_standard_deviation():
+    # sigma = .2, 40,000 draws: mean 0 +- .001, sd .2 +- .0007; the clip at c = .4, two
+    # sigma, holds 4.55 +- .1 % of them.
+    drawn = target_actions(0.0, noise=0.2, clip=10.0, num=40_000)
+    assert drawn.mean() == pytest.approx(0.0, abs=0.004)
+    assert drawn.std() == pytest.approx(0.2, abs=0.003)
+    drawn = target_actions(0.0, noise=0.2, clip=0.4, num=40_000)
+    assert np.mean(np.abs(drawn) > 0.3999) == pytest.approx(0.0455, abs=0.005)
+
+
+def test_target_noise_is_drawn_for_each_action_dimension():
+    # Q' = a'_1 - a'_2 - 1, so y is the difference of two draws: sd .2 sqrt(2) = .2828.
+    critic = critic_net(0, [1, -1], -1)
+    agent = agent_by_hand(actor_net([0, 0], [0, 0]), twins(critic, critic))
+    config = dataclasses.replace(HAND, discount=1.0, policy_noise=0.2, noise_clip=9.0)
+    batch = transitions(40_000, action=[0, 0])
+    y = td3_bst.td_target(agent, batch, KEY, config)
+    assert float(y.std()) == pytest.approx(0.2828, abs=0.005)
+
+
+# ============================================================================= Losses
+
+
+def test_critic_loss():
+    # Q_1 = s + 2 a = .5, 2.5, -1; y = 1, 2, 0: squares .25, .25, 1, mean .5.
+    # Q_2 = 1 everywhere: squares 0, 1, 1, mean .6667. L = 1.1667; mean Q_1 = .6667.
+    critics = twins(critic_net(1, [2], 0), critic_net(0, [0], 1))
+    batch = transitions(3, action=[[0.5], [1.0], [-1.0]], obs=[-0.5, 0.5, 1.0])
+    loss, metrics = td3_bst.critic_loss(critics, batch, f32([1, 2, 0]), HAND)
+    assert float(loss) == pytest.approx(7 / 6, abs=1e-5)
+    assert float(metrics["critic_loss"]) == float(loss)
+    assert float(metrics["q_data"]) == pytest.approx(2 / 3, abs=1e-5)
+
+
+def test_critic_loss_refuses_a_column_of_targets():
+    critic = critic_net(0, [0], 0)
+    with pytest.raises(AssertionError):
+        td3_bst.critic_loss(
+            twins(critic, critic), transitions(3), jnp.zeros((3, 1)), HAND
+        )
+
+
+def test_layer_norm_comes_before_relu():
+    # x = (3, 1) has mean 2 and sd 1: normalised (1, -1), after ReLU (1, 0);
+    # Q = 5 * 1 + 7 * 0 + .25 = 5.25. ReLU first would give 5 - 7 + .25.
+    config = dataclasses.replace(HAND, hidden_dims=(2,), critic_layer_norm=True)
+    layer_norm = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
+    critic = net(([[0, 0], [0, 0]], [3, 1]), ([[5], [7]], [0.25]))
+    critic = critic | {"LayerNorm_0": layer_norm}
+    q = td3_bst.q_values(
+        twins(critic, critic), jnp.zeros((1, 1)), jnp.zeros((1, 1)), config
+    )
+    assert np.asarray(q) == pytest.approx(np.full((2, 1), 5.25), abs=1e-4)
+
+
+Q_1 = critic_net(1, [1, 2], 0)  # s + a_1 + 2 a_2
+DECOY = critic_net(-3, [-7, 5], -50)  # a Q_2 that no loss of the actor may look at
+ACTOR = actor_net([0, 0], [0.5, -0.5])
+HALF = net(([[0, 0], [1, 0], [0, 1]], [math.sqrt(2 * math.log(2)), 0]))
+"""f(s, a) = a + (1.177, 0), so with lam = 1 M = 1/2 everywhere."""
+
+
+def test_actor_loss():
+    # pi = (.5, -.5) for all s; mu = .5, M = .5: omega = e - 1 = 1.718282.
+    # a = (.1, .3), (.5, .5): d = .16 + .64 = .8 and 1; mean of omega d = 1.546454.
+    # Q_1 = s + .5 - 1 = 1, -3 at s = 1.5, -2.5: mean -1, Z_Q = 2: -Q / Z_Q = +.5.
+    batch = transitions(2, action=[[0.1, 0.3], [0.5, 0.5]], obs=[1.5, -2.5])
+    loss, metrics = actor_loss(ACTOR, twins(Q_1, DECOY), bst_of(HALF), batch, HAND)
+    assert float(loss) == pytest.approx(2.046454, abs=1e-5)
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
+        {
+            "actor_loss": 2.046454,
+            "q": -1.0,
+            "distance": 0.9,
+            "certainty": 0.5,
+            "omega": 1.718282,
+            "omega_max": 1.718282,
+        },
+        abs=1e-5,
+    )
+
+
+def test_omega_metrics():
+    # f = 0, lam = 1, pi = tanh(s) = 0 and .761594: M = 1 and exp(-.290013) = .748254,
+    # C = 0, .251746; mu = .5: omega = 0, exp(.503492) - 1 = .654488; mean .327244.
+    batch = transitions(2, obs=[0, 1])
+    critics = twins(critic_net(0, [1], 1), critic_net(0, [1], 1))
+    bst = bst_of(net(([[0], [0]], [0])))
+    _, metrics = actor_loss(actor_net([1], [0]), critics, bst, batch, HAND)
+    assert float(metrics["omega_max"]) == pytest.approx(0.654488, abs=1e-5)
+    assert float(metrics["omega"]) == pytest.approx(0.327244, abs=1e-5)
+    assert float(metrics["certainty"]) == pytest.approx(0.874127, abs=1e-5)
+
+
+def test_z_q_is_a_constant_to_the_gradient():
+    # One action, pi = tanh(b) = .5, Q_1 = 2 a = 1, Z_Q = 1, omega = 0 (lam = 0):
+    # dL/db = -2 (1 - .5^2) / 1 = -1.5. Through Z_Q as well, L = -1 and dL/db = 0.
+    critics = twins(critic_net(0, [2], 0), critic_net(0, [-9], 3))
+    bst = bst_of(net(([[0], [0]], [0])), scale=0.0)
+    batch = transitions(2)
+    grad, _ = actor_grad(actor_net([0], [0.5]), critics, bst, batch, HAND)
+    assert float(grad["params"]["Dense_1"]["bias"][0]) == pytest.approx(-1.5, abs=1e-5)
+
+
+def test_certainty_one_leaves_td3():
+    # M = 1: omega = 0 and the loss is TD3's, scaled: -mean Q_1 / mean |Q_1|. With
+    # Q_1 = 1, -3 that is 1 / 2, with no trace of the data's actions.
+    batch = transitions(2, action=[[0.1, 0.3], [0.5, 0.5]], obs=[1.5, -2.5])
+    identity = net(([[0, 0], [1, 0], [0, 1]], [0, 0]))
+    args = ACTOR, twins(Q_1, DECOY), bst_of(identity, mu=0.02)
+    (grad, metrics), (other, _) = (
+        actor_grad(*args, batch._replace(action=action), HAND)
+        for action in (batch.action, -batch.action)
+    )
+    assert float(metrics["actor_loss"]) == 0.5
+    assert float(metrics["omega_max"]) == 0.0
+    assert_same(grad, other)
+
+
+def test_supervisor_gradient_by_hand():
+    # One action, f = 0, lam = 1, mu = .5, a = .1, pi = tanh(b) = .5, d = .16:
+    # M = exp(-.125) = .882497, C = .117503, exp(C / mu) = 1.264917, omega = .264917.
+    # Q_1 = 2 a: -1.5 as above. omega's constant: omega 2 (.4) (1 - .25) = .158950.
+    # Through omega: grad_a M = -.5 M = -.441248, and
+    # -(1/mu) e^(C/mu) d grad_a M (.75) = 2 * 1.264917 * .16 * .441248 * .75 = .133954.
+    critics = twins(critic_net(0, [2], 0), critic_net(0, [2], 0))
+    bst = bst_of(net(([[0], [0]], [0])))
+    batch = transitions(2, action=0.1)
+    for through, expected in [(False, -1.341050), (True, -1.207096)]:
+        config = dataclasses.replace(HAND, supervisor_gradient=through)
+        grad, metrics = actor_grad(actor_net([0], [0.5]), critics, bst, batch, config)
+        assert float(grad["params"]["Dense_1"]["bias"][0]) == pytest.approx(
+            expected, abs=1e-5
+        )
+        # The loss is the same: .264917 * .16 - 1.
+        assert float(metrics["actor_loss"]) == pytest.approx(-0.957613, abs=1e-5)
+
+
+def test_the_largest_weight_is_finite():
+    # mu = .02 and M = 0: loss e^50 d and gradient are float32 numbers.
+    far = bst_of(net(([[0], [0]], [100])), mu=0.02)
+    critics = twins(critic_net(0, [2], 0), critic_net(0, [2], 0))
+    batch = transitions(2, action=-1.0)
+    grad, metrics = actor_grad(actor_net([0], [0.9]), critics, far, batch, HAND)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((grad, metrics)))
+
+
+# ============================================ Independent reference: numpy in float64
+
+
+def to_numpy(tree: Any) -> Any:
+    return jax.tree.map(lambda x: np.array(x, np.float64), tree)
+
+
+def mlp(layers: dict[str, Any], x: np.ndarray, margin: float = 1e-4) -> np.ndarray:
+    """ReLU layers, linear output; asserts that no unit is at ReLU's kink."""
+    for i in range(len(layers)):
+        x = x @ layers[f"Dense_{i}"]["kernel"] + layers[f"Dense_{i}"]["bias"]
+        if i + 1 < len(layers):
+            assert np.abs(x).min() > margin, "choose another seed"
+            x = np.maximum(x, 0.0)
+    return x
+
+
+def numpy_policy(actor: Any, obs: np.ndarray) -> np.ndarray:
+    return np.tanh(mlp(actor["params"], obs))
+
+
+def numpy_q(critics: Any, obs: np.ndarray, action: np.ndarray) -> list[np.ndarray]:
+    x = np.concatenate([obs, action], axis=1)
+    both = [jax.tree.map(lambda leaf, i=i: leaf[i], critics["params"]) for i in (0, 1)]
+    return [mlp(critic, x)[:, 0] for critic in both]
+
+
+def numpy_certainty(bst: Any, obs: np.ndarray, action: np.ndarray) -> np.ndarray:
+    moved = mlp(bst.params, np.concatenate([obs, action], axis=1))
+    return np.exp(-(bst.scale**2) / 2 * ((moved - action) ** 2).sum(axis=1))
+
+
+def numpy_target(agent: Any, batch: Any, discount: float) -> np.ndarray:
+    action = numpy_policy(agent.target_actor, batch.next_obs)
+    q = np.minimum(*numpy_q(agent.target_critics, batch.next_obs, action))
+    return batch.reward + discount * np.where(batch.terminal == 1, 0.0, q)
+
+
+def numpy_critic_loss(critics: Any, batch: Any, target: np.ndarray) -> float:
+    q_1, q_2 = numpy_q(critics, batch.obs, batch.action)
+    return float(np.mean((q_1 - target) ** 2) + np.mean((q_2 - target) ** 2))
+
+
+def numpy_actor_loss(
+    actor: Any, critics: Any, bst: Any, batch: Any, z_q: float, omega: Any = None
+) -> float:
+    """The loss given Z_Q, and given omega where no gradient shall go through it."""
+    action = numpy_policy(actor, batch.obs)
+    if omega is None:
+        omega = np.exp((1 - numpy_certainty(bst, batch.obs, action)) / bst.mu) - 1
+    distance = ((action - batch.action) ** 2).sum(axis=1)
+    q = numpy_q(critics, batch.obs, action)[0]
+    return float(np.mean(omega * distance - q / z_q))
+
+
+def finite_differences(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The gradient of a scalar function of a float64 tree, by central differences."""
+    leaves, structure = jax.tree.flatten(tree)
+    leaves, step = [leaf.copy() for leaf in leaves], 1e-6
+    grads = [np.zeros_like(leaf) for leaf in leaves]
+    for leaf, grad in zip(leaves, grads, strict=True):
+        for index in np.ndindex(leaf.shape):
+            value, sides = leaf[index], []
+            for moved in (value + step, value - step):
+                leaf[index] = moved
+                sides.append(function(jax.tree.unflatten(structure, leaves)))
+            leaf[index] = value
+            grad[index] = (sides[0] - sides[1]) / (2 * step)
+    return jax.tree.unflatten(structure, grads)
+
+
+def warm_adam(opt_state: Any, seed: int) -> Any:
+    """An Adam state as after four steps, so that the moments' decay is tested too."""
+    rng = np.random.default_rng(seed)
+    adam = opt_state[0]
+    mean = jax.tree.map(lambda x: f32(rng.normal(0, 0.1, x.shape)), adam.mu)
+    square = jax.tree.map(lambda x: f32(rng.uniform(0.01, 0.1, x.shape)), adam.nu)
+    return (adam._replace(count=jnp.int32(4), mu=mean, nu=square), *opt_state[1:])
+
+
+def numpy_adam(params: Any, grad: Any, opt_state: Any, rate: float) -> Any:
+    """Kingma & Ba's algorithm 1 with beta = (.9, .999), epsilon 1e-8."""
+    adam = to_numpy(opt_state[0])
+    mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, adam.mu, grad)
+    square = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, adam.nu, grad)
+    t = adam.count + 1
+    return jax.tree.map(
+        lambda x, m, v: (
+            x - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        ),
+        *(params, mean, square),
+    )
+
+
+LARGE_STEPS = dataclasses.replace(
+    QUIET, actor_learning_rate=0.1, critic_learning_rate=0.2, polyak=0.25
+)
+
+
+@pytest.fixture(scope="module")
+def one_step():
+    """Agent, supervisor and batch, with Adam's moments warm; and the same in numpy."""
+    agent, bst = random_agent(2, LARGE_STEPS)
+    agent = agent._replace(
+        actor_opt=warm_adam(agent.actor_opt, 0),
+        critic_opt=warm_adam(agent.critic_opt, 1),
+    )
+    batch = random_data(3, 16)
+    return (
+        agent,
+        bst,
+        batch,
+        to_numpy((agent._replace(actor_opt=0, critic_opt=0), bst, batch)),
+    )
+
+
+def norm(tree: Any) -> float:
+    return math.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(tree)))
+
+
+def test_critic_step_against_numpy(one_step):
+    agent, _, batch, (reference, _, rows) = one_step
+    target = numpy_target(reference, rows, 0.9)
+    loss = numpy_critic_loss(reference.critics, rows, target)
+    grad = finite_differences(
+        lambda critics: numpy_critic_loss(critics, rows, target), reference.critics
+    )
+    expected = numpy_adam(reference.critics, grad, agent.critic_opt, rate=0.2)
+
+    stepped, metrics = update_critics(agent, batch, KEY, LARGE_STEPS)
+    assert float(metrics["critic_loss"]) == pytest.approx(loss, rel=1e-5)
+    assert float(metrics["critic_grad_norm"]) == pytest.approx(norm(grad), rel=1e-4)
+    assert_same(stepped.critics, expected, tolerance=1e-5)
+    q_data = numpy_q(reference.critics, rows.obs, rows.action)[0].mean()
+    assert float(metrics["q_data"]) == pytest.approx(q_data, rel=1e-4)
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_actor_step_against_numpy(one_step, through: bool):
+    agent, _, batch, (reference, supervisor, rows) = one_step
+    config = dataclasses.replace(LARGE_STEPS, supervisor_gradient=through)
+    critics = reference.critics
+    action = numpy_policy(reference.actor, rows.obs)
+    z_q = np.abs(numpy_q(critics, rows.obs, action)[0]).mean()
+    certainty = numpy_certainty(supervisor, rows.obs, action)
+    omega = np.exp((1 - certainty) / supervisor.mu) - 1
+    fixed = None if through else omega
+    grad = finite_differences(
+        lambda actor: numpy_actor_loss(actor, critics, supervisor, rows, z_q, fixed),
+        reference.actor,
+    )
+    expected = numpy_adam(reference.actor, grad, agent.actor_opt, rate=0.1)
+
+    stepped, metrics = update_actor(agent, one_step[1], batch, config)
+    loss = numpy_actor_loss(reference.actor, critics, supervisor, rows, z_q)
+    assert float(metrics["actor_loss"]) == pytest.approx(loss, rel=1e-5)
+    assert float(metrics["actor_grad_norm"]) == pytest.approx(norm(grad), rel=1e-4)
+    assert float(metrics["certainty"]) == pytest.approx(certainty.mean(), rel=1e-5)
+    assert float(metrics["omega"]) == pytest.approx(omega.mean(), rel=1e-5)
+    assert float(metrics["omega_max"]) == pytest.approx(omega.max(), rel=1e-5)
+    assert_same(stepped.actor, expected, tolerance=1e-5)
+    # Targets: a quarter of the new parameters, three quarters of the old targets.
+    for name in ("actor", "critics"):
+        new, old = getattr(stepped, name), getattr(agent, f"target_{name}")
+        mixed = jax.tree.map(lambda x, y: 0.25 * x + 0.75 * y, new, old)
+        assert_same(getattr(stepped, f"target_{name}"), mixed, tolerance=1e-6)
+
+
+def test_what_the_supervisor_gradient_adds(one_step):
+    # mean over the batch of -(1/mu) e^(C/mu) d grad_a M . d pi / d theta.
+    agent, bst, batch, (reference, supervisor, rows) = one_step
+    action = numpy_policy(reference.actor, rows.obs)
+    pull = finite_differences(
+        lambda a: numpy_certainty(supervisor, rows.obs, a).sum(), action
+    )  # grad_a M of each row, (B, A)
+    certainty = numpy_certainty(supervisor, rows.obs, action)
+    distance = ((action - rows.action) ** 2).sum(axis=1)
+    weight = -np.exp((1 - certainty) / supervisor.mu) * distance / supervisor.mu
+    added = finite_differences(
+        lambda actor: np.mean(
+            weight * (pull * numpy_policy(actor, rows.obs)).sum(axis=1)
+        ),
+        reference.actor,
+    )
+    (through, _), (stopped, _) = (
+        actor_grad(
+            agent.actor,
+            agent.critics,
+            bst,
+            batch,
+            dataclasses.replace(LARGE_STEPS, supervisor_gradient=switch),
+        )
+        for switch in (True, False)
+    )
+    difference = jax.tree.map(jnp.subtract, through, stopped)
+    assert norm(added) > 0.1
+    assert_same(difference, added, tolerance=1e-5)
+
+
+# ============================================================================ Updates
+
+
+def test_update_critics_changes_only_the_critics(one_step):
+    agent, _, batch, _ = one_step
+    stepped, _ = update_critics(agent, batch, KEY, LARGE_STEPS)
+    assert_changed(stepped.critics, agent.critics)
+    assert_changed(stepped.critic_opt[0], agent.critic_opt[0])
+    changed = dict(critics=agent.critics, critic_opt=agent.critic_opt)
+    assert_same(stepped._replace(**changed), agent)
+
+
+def test_update_actor_changes_only_the_actor_and_the_targets(one_step):
+    agent, bst, batch, _ = one_step
+    stepped, _ = update_actor(agent, bst, batch, LARGE_STEPS)
+    for name in ("actor", "target_actor", "target_critics"):
+        assert_changed(getattr(stepped, name), getattr(agent, name))
+    assert_changed(stepped.actor_opt[0], agent.actor_opt[0])
+    assert_same(stepped.critics, agent.critics)
+    assert_same(stepped.critic_opt, agent.critic_opt)
+
+
+def test_polyak_one_copies(one_step):
+    agent, bst, batch, _ = one_step
+    config = dataclasses.replace(LARGE_STEPS, polyak=1.0)
+    stepped, _ = update_actor(agent, bst, batch, config)
+    assert_changed(stepped.target_actor, agent.actor)  # the new ones, not the old
+    assert_same(stepped.target_actor, stepped.actor)
+    assert_same(stepped.target_critics, stepped.critics)
+
+
+def test_update_is_its_parts():
+    # Updates 5, 6 and 7: each of the critics on its own batch and noise from
+    # fold_in(key, t); then one of the actor, on the last batch.
+    config = dataclasses.replace(
+        SMALL,
+        policy_delay=3,
+        actor_learning_rate=0.01,
+        critic_learning_rate=0.01,
+        policy_noise=0.5,
+    )
+    agent, bst = random_agent(0, config)
+    data, expected = random_data(1, 50), agent
+    batches, metrics = [], {}
+    for t in (5, 6, 7):
+        key_batch, key_noise = jax.random.split(jax.random.fold_in(KEY, t))
+        batches.append(td3_bst.sample(data, key_batch, 16))
+        expected, metrics = update_critics(expected, batches[-1], key_noise, config)
+    expected, actor_metrics = update_actor(expected, bst, batches[-1], config)
+    got, got_metrics = update(agent, bst, data, KEY, jnp.int32(5), config)
+
+    assert_same(got, expected, tolerance=1e-5)
+    assert_same(got_metrics, metrics | actor_metrics, tolerance=1e-4)
+    assert int(got.critic_opt[0].count) == 3  # pyright: ignore
+    assert int(got.actor_opt[0].count) == 1  # pyright: ignore
+    assert not np.array_equal(batches[0].reward, batches[1].reward)
+    # Target critics follow the critics after their three steps.
+    mixed = jax.tree.map(
+        lambda x, y: 0.005 * x + 0.995 * y, got.critics, agent.target_critics
+    )
+    assert_same(got.target_critics, mixed, tolerance=1e-6)
+
+
+def test_sample_draws_whole_rows_uniformly():
+    number = jnp.arange(5.0)
+    column = number[:, None]
+    data = Transition(column, column, number, column, number)
+    batch = td3_bst.sample(data, KEY, 10_000)
+    assert batch.obs.shape == (10_000, 1)
+    for field in batch:
+        np.testing.assert_array_equal(jnp.ravel(field), batch.reward)
+    # 2000 of each row expected, sd sqrt(10000 * .2 * .8) = 40.
+    counts = np.bincount(np.asarray(batch.reward, int), minlength=5)
+    assert counts == pytest.approx([2000] * 5, abs=160)
+
+
+def test_init_copies_into_targets_and_can_be_donated():
+    agent = td3_bst.init(KEY, OBS_DIM, ACTION_DIM, SMALL)
+    assert_same(agent.target_actor, agent.actor)
+    assert_same(agent.target_critics, agent.critics)
+    expected = jax.tree.map(np.array, agent)
+    donated = jax.jit(lambda tree: tree, donate_argnums=0)(agent)
+    assert_same(donated, expected)
+
+
+def test_init_draws_every_layer_by_its_fan_in():
+    # U(+-1/sqrt(fan_in)), biases too: sd 1/sqrt(3 fan_in). fan_in is 3 (obs) or
+    # 5 (obs, action), then 8. Of 30 seeds' 240 values, the least.
+    agents = [
+        init(jax.random.key(seed), OBS_DIM, ACTION_DIM, SMALL) for seed in range(30)
+    ]
+    for name, first in (("actor", 3), ("critics", 5)):
+        for layer, fan_in in (("Dense_0", first), ("Dense_1", 8)):
+            for kind in ("kernel", "bias"):
+                x = np.array([getattr(a, name)["params"][layer][kind] for a in agents])
+                assert 0.97 * fan_in**-0.5 < np.abs(x).max() <= fan_in**-0.5
+                assert x.std() == pytest.approx((3 * fan_in) ** -0.5, rel=0.15)
+    kernels = agents[0].critics["params"]["Dense_0"]["kernel"]
+    assert not np.array_equal(kernels[0], kernels[1])
+
+
+# ============================================================================ prepare
+
+
+def raw_data(dtype: Any = np.float64) -> Any:
+    """Two transitions in numpy."""
+    return Transition(
+        *(
+            np.array(field, dtype)
+            for field in (
+                [[1.0, 5.0], [3.0, 5.0]],  # obs
+                [[0.25], [-1.0]],  # action
+                [10.0, 0.0],  # reward
+                [[3.0, 5.0], [7.0, 5.001]],  # next_obs
+                [0.0, 1.0],  # terminal
+            )
+        )
+    )
+
+
+def test_prepare():
+    # obs: mean (2, 5), sd (1, 0), plus 1e-3. (1 - 2) / 1.001 = -.999001; next_obs by
+    # the same numbers: (7 - 2) / 1.001 = 4.995005, (5.001 - 5) / .001 = 1.
+    # reward: 10 * 2 - 1 = 19; shifted first it would be (10 - 1) * 2 = 18.
+    config = dataclasses.replace(
+        SMALL, normalize_obs=True, reward_scale=2.0, reward_shift=-1.0
+    )
+    data, mean, std = td3_bst.prepare(raw_data(), config)
+    assert mean == pytest.approx(np.array([2, 5]))
+    assert std == pytest.approx(np.array([1.001, 0.001]))
+    assert data.obs == pytest.approx(
+        np.array([[-0.999001, 0], [0.999001, 0]]), abs=1e-6
+    )
+    assert data.next_obs == pytest.approx(
+        np.array([[0.999001, 0], [4.995005, 1.0]]), rel=1e-3, abs=1e-6
+    )
+    assert data.reward == pytest.approx(np.array([19, -1]))
+    np.testing.assert_array_equal(data.action, [[0.25], [-1.0]])
+    np.testing.assert_array_equal(data.terminal, [0.0, 1.0])
+    assert {np.asarray(x).dtype for x in (*data, mean, std)} == {np.dtype("float32")}
+
+
+def test_prepare_without_normalisation():
+    raw = raw_data()
+    data, mean, std = td3_bst.prepare(raw, SMALL)
+    np.testing.assert_array_equal(mean, [0, 0])
+    np.testing.assert_array_equal(std, [1, 1])
+    np.testing.assert_array_equal(data.obs, raw.obs)
+    np.testing.assert_array_equal(data.next_obs, np.float32(raw.next_obs))
+    np.testing.assert_array_equal(data.reward, raw.reward)
+
+
+def test_prepare_leaves_its_input_alone():
+    raw = raw_data(np.float32)
+    before = [np.array(x) for x in raw]
+    config = dataclasses.replace(
+        SMALL, normalize_obs=True, reward_scale=2.0, reward_shift=-1.0
+    )
+    td3_bst.prepare(raw, config)
+    assert_same(list(raw), before)
+
+
+def test_prepare_is_precise_for_a_million_rows():
+    # Half the rows 1000, half 1001: mean 1000.5, sd .5. Summed naively in float32,
+    # 1e9 would come in steps of 64.
+    num = 1_000_000
+    obs: Any = np.tile(np.array([[1000], [1001]], np.float32), (num // 2, 1))
+    flat: Any = np.zeros(num, np.float32)
+    config = dataclasses.replace(SMALL, normalize_obs=True)
+    data = Transition(obs, obs, flat, obs, flat)
+    _, mean, std = td3_bst.prepare(data, config)
+    assert mean[0] == pytest.approx(1000.5, abs=1e-4)
+    assert std[0] == pytest.approx(0.501, abs=1e-6)
+
+
+# ============================================================================== train
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Updates 0 to 19 in one call, and what went in."""
+    agent, bst = random_agent(0)
+    data = random_data(1, 50)
+    return agent, bst, data, train(agent, bst, data, KEY, jnp.int32(0), 20, SMALL)
+
+
+def test_two_chunks_equal_one(trained):
+    agent, bst, data, (whole, metrics) = trained
+    half, first = train(agent, bst, data, KEY, jnp.int32(0), 10, SMALL)
+    # What a resumed run starts from: numpy arrays that have been away.
+    half = jax.tree.map(lambda x: jnp.asarray(np.array(x)), half)
+    both, second = train(half, bst, data, KEY, jnp.int32(10), 10, SMALL)
+    assert_same(both, whole)
+    assert int(whole.critic_opt[0].count) == 20
+    assert int(whole.actor_opt[0].count) == 10
+
+    for name in metrics.keys() - {"omega_max"}:
+        mean = (first[name] + second[name]) / 2
+        assert float(metrics[name]) == pytest.approx(float(mean), rel=1e-4, abs=1e-6)
+    largest = max(float(first["omega_max"]), float(second["omega_max"]))
+    assert float(metrics["omega_max"]) == largest
+
+
+def test_train_is_update_repeated(trained):
+    agent, bst, data, (whole, metrics) = trained
+    seen = []
+    for step in range(0, 20, 2):
+        agent, step_metrics = update(agent, bst, data, KEY, jnp.int32(step), SMALL)
+        seen.append(step_metrics)
+    assert_same(agent, whole, tolerance=1e-5)
+    largest = max(float(m["omega_max"]) for m in seen)
+    assert float(metrics["omega_max"]) == pytest.approx(largest, rel=1e-4)
+    assert set(metrics) == set(seen[0])
+    for name in metrics.keys() - {"omega_max"}:
+        mean = np.mean([float(m[name]) for m in seen])
+        assert float(metrics[name]) == pytest.approx(mean, rel=1e-3, abs=1e-5)
+
+
+def test_no_key_is_used_twice():
+    config = dataclasses.replace(SMALL, hidden_dims=(2,))
+    agent, bst = random_agent(0, config)
+    with jax.debug_key_reuse(True):
+        train(
+            agent, bst, random_data(1, 50), jax.random.key(1), jnp.int32(0), 4, config
+        )
