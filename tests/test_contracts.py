@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["td3_bst.py"]
+SCRIPTS = ["td3_bst.py"]  # one algorithm each
 OUTSIDE = {"common", "tyro"}  # what only `main` may use
 ALGORITHM = {"chex", "flax", "jax", "morse", "numpy", "optax"}
 
 COPY = """
 import sys
 sys.modules["tyro"] = sys.modules["tqdm"] = sys.modules["gymnasium"] = None
-import jax, jax.numpy as jnp, morse, {name}
-config = {name}.resolve({name}.Config(hidden_dims=(8,)), "other", action_dim=1)
+import jax, jax.numpy as jnp, {name}
+config = {name}.Config(
+    reward_scale=1.0, reward_shift=0.0, normalize_obs=True, hidden_dims=(8,)
+)
 ones = jnp.ones((4, 1))
 data = {name}.Transition(ones, ones, ones[:, 0], ones, ones[:, 0])
 data, mean, std = {name}.prepare(data, config)

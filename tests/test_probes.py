@@ -83,7 +83,7 @@ def f32(values) -> jax.Array:
 
 
 def transitions(action, reward, obs=None, next_obs=None, terminal=1.0) -> Transition:
-    """NUM transitions from numbers or (NUM,) arrays; observations are noise if unset."""
+    """NUM transitions from numbers or (NUM,) arrays; unset observations are noise."""
     noise = np.random.default_rng(1).uniform(-1, 1, NUM)
     obs = noise if obs is None else obs
     next_obs = obs if next_obs is None else next_obs

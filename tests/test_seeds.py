@@ -1,4 +1,4 @@
-"""Seeds as a leading axis: alone or together, on one device or two, looped or vmapped."""
+"""Seeds as a leading axis: alone or in a group, on one device or two, looped or not."""
 
 import os
 import subprocess
@@ -11,8 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_changed, assert_same, hundred_updates, random_agent
-from helpers import random_data as data_of
+from helpers import (
+    assert_changed,
+    assert_same,
+    hundred_updates,
+    random_agent,
+    random_data,
+)
 
 from common import seeds
 
@@ -39,7 +44,7 @@ for name, group in (("four", [0, 1, 2, 3]), ("three", [0, 1, 2])):
 
 
 def arguments() -> tuple[Any, Any]:
-    return data_of(0, 200), random_agent(0)[1].params
+    return random_data(0, 200), random_agent(0)[1].params
 
 
 def train_seeds(lanes: Any, mesh: Any) -> Any:

@@ -654,6 +654,10 @@ def test_polyak_one_copies(one_step):
     assert_same(stepped.target_critics, stepped.critics)
 
 
+def adam_count(opt_state: Any) -> int:
+    return int(opt_state[0].count)
+
+
 def test_update_is_its_parts():
     # Updates 5, 6 and 7: each of the critics on its own batch and noise from
     # fold_in(key, t); then one of the actor, on the last batch.
@@ -676,8 +680,8 @@ def test_update_is_its_parts():
 
     assert_same(got, expected, tolerance=1e-5)
     assert_same(got_metrics, metrics | actor_metrics, tolerance=1e-4)
-    assert int(got.critic_opt[0].count) == 3  # pyright: ignore
-    assert int(got.actor_opt[0].count) == 1  # pyright: ignore
+    assert adam_count(got.critic_opt) == 3
+    assert adam_count(got.actor_opt) == 1
     assert not np.array_equal(batches[0].reward, batches[1].reward)
     # Target critics follow the critics after their three steps.
     mixed = jax.tree.map(
@@ -729,18 +733,14 @@ def test_init_draws_every_layer_by_its_fan_in():
 
 def raw_data(dtype: Any = np.float64) -> Any:
     """Two transitions in numpy."""
-    return Transition(
-        *(
-            np.array(field, dtype)
-            for field in (
-                [[1.0, 5.0], [3.0, 5.0]],  # obs
-                [[0.25], [-1.0]],  # action
-                [10.0, 0.0],  # reward
-                [[3.0, 5.0], [7.0, 5.001]],  # next_obs
-                [0.0, 1.0],  # terminal
-            )
-        )
-    )
+    fields: list[Any] = [
+        [[1.0, 5.0], [3.0, 5.0]],  # obs
+        [[0.25], [-1.0]],  # action
+        [10.0, 0.0],  # reward
+        [[3.0, 5.0], [7.0, 5.001]],  # next_obs
+        [0.0, 1.0],  # terminal
+    ]
+    return Transition._make(np.array(field, dtype) for field in fields)
 
 
 def test_prepare():
@@ -816,8 +816,8 @@ def test_two_chunks_equal_one(trained):
     half = jax.tree.map(lambda x: jnp.asarray(np.array(x)), half)
     both, second = train(half, bst, data, KEY, jnp.int32(10), 10, SMALL)
     assert_same(both, whole)
-    assert int(whole.critic_opt[0].count) == 20
-    assert int(whole.actor_opt[0].count) == 10
+    assert adam_count(whole.critic_opt) == 20
+    assert adam_count(whole.actor_opt) == 10
 
     for name in metrics.keys() - {"omega_max"}:
         mean = (first[name] + second[name]) / 2
