@@ -1,0 +1,141 @@
+"""The README's commands and snippets run, and its tables are those of the results."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import td3_bst
+from common import rollout
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TINY = {  # small counts, appended to the scripts' own options
+    "td3_bst.py": "--num-updates 4 --eval-every 4 --num-morse-updates 2 --num-seeds 1",
+    "td3_bc.py": "--num-updates 4 --eval-every 4 --num-seeds 1",
+    "morse.py": "--num-morse-updates 2",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line]
+    return [line for line in lines if "pytest" not in line]  # that is this very run
+
+
+@pytest.fixture(scope="module")
+def arrays_file(tmp_path_factory) -> Path:
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("own") / "own.npz"
+    np.savez(
+        path,
+        observations=rng.normal(size=(300, 3)).astype(np.float32),
+        actions=rng.uniform(-1, 1, (300, 2)).astype(np.float32),
+        rewards=rng.normal(size=300).astype(np.float32),
+        terminals=np.zeros(300, bool),
+        timeouts=np.arange(1, 301) % 30 == 0,
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(arrays_file, tmp_path_factory) -> Path:
+    """A run to resume, or to take Morse networks from."""
+    args = f"--dataset {arrays_file} {TINY['td3_bst.py']} --run-dir"
+    return run("td3_bst.py", shlex.split(args), tmp_path_factory.mktemp("runs"))
+
+
+def run(script: str, args: list[str], folder: Path) -> Path:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *args, str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.splitlines()[-1])
+
+
+def without(args: list[str], option: str) -> list[str]:
+    """`args` less an option and its one value."""
+    if option not in args:
+        return args
+    at = args.index(option)
+    return args[:at] + args[at + 2 :]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_command_runs(line, arrays_file, finished, tmp_path):
+    words = shlex.split(line.removeprefix("pip install uv && "))
+    assert words[:2] == ["uv", "run"]
+    script, *args = words[2:]
+    assert (ROOT / script).is_file()
+    if "--help" in args:
+        subprocess.run([sys.executable, str(ROOT / script), *args], check=True)
+        return
+    if "--resume" in args:
+        args[args.index("--resume") + 1] = str(finished)
+        args = ["8" if word.isdigit() else word for word in args]
+        assert run(script, args, Path("--track=none")) == finished
+        return
+    if "--morse" in args:
+        args[args.index("--morse") + 1] = str(finished)
+    tiny = shlex.split(TINY[script])
+    for option in tiny[::2]:
+        args = without(args, option)
+    if "--seed" in args and "--morse" not in args:
+        assert args[args.index("--seed") + 1].isdigit()
+    if script != "morse.py" or "--dataset" in args:
+        args = ["--dataset", str(arrays_file), *without(args, "--dataset")]
+    folder = run(script, [*args, *tiny, "--run-dir"], tmp_path)
+    assert folder.is_dir()
+
+
+def test_snippet_for_your_project_runs():
+    (snippet,) = [b for b in blocks("python") if "Supervisor" in b]
+    scope: dict = {}
+    exec(snippet, scope)
+    assert scope["action"].shape == (1000, 2)
+    assert float(np.abs(scope["action"]).max()) <= 1
+    assert np.isfinite(float(scope["metrics"]["critic_loss"]))
+
+
+def test_policy_loader_acts_as_the_jax_policy(tmp_path):
+    (snippet,) = [b for b in blocks("python") if "def load_policy" in b]
+    assert len([x for x in snippet.split("def load_policy")[1].splitlines() if x]) <= 11
+    scope: dict = {}
+    exec(snippet, scope)
+    config = td3_bst.Config(hidden_dims=(8, 16))
+    actor = td3_bst.init(jax.random.key(3), 3, 2, config).actor
+    rng = np.random.default_rng(0)
+    mean, std = rng.normal(size=3), rng.uniform(0.5, 2, 3)
+    low, high = np.array([-2.0, 0.0]), np.array([2.0, 0.4])
+    lanes = jax.tree.map(lambda x: np.asarray(x)[None], actor)
+    policy = rollout.NumpyPolicy(rollout.layers_of(lanes), mean, std, low, high)
+    rollout.export(tmp_path, policy, [7], {})
+    obs = rng.normal(size=(20, 3))
+    box = np.asarray(
+        td3_bst.policy(actor, jax.numpy.asarray((obs - mean) / std), config)
+    )
+    acted = scope["load_policy"](tmp_path / "seed7.safetensors")(obs)
+    np.testing.assert_allclose(acted, low + (box + 1) / 2 * (high - low), atol=1e-5)
+
+
+def test_tables_are_those_of_the_results():
+    script = [sys.executable, str(ROOT / "results" / "tables.py"), "--check"]
+    subprocess.run(script, check=True)
+
+
+def test_files_and_tests_that_the_readme_names_exist():
+    for name in re.findall(r"`((?:tests|common|results)/[\w./]*)`", README):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"\]\((results/[\w./]+)\)", README):
+        assert (ROOT / name).is_file(), name
