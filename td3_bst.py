@@ -50,13 +50,13 @@ class Config:
     discount: float | None = None  # gamma, per step
     reward_scale: float | None = None  # the reward is multiplied by this, then
     reward_shift: float | None = None  # this is added
+    polyak: float | None = None  # tau, share of the new parameters in the targets
     normalize_obs: bool | None = None  # standardise observations by the dataset
     critic_layer_norm: bool | None = None  # layer norm in the critics' hidden layers
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor and critics
     actor_learning_rate: float = 3e-4  # Adam's step size
     critic_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
-    polyak: float = 0.005  # tau, share of the new parameters in the targets
     policy_noise: float = 0.2  # sigma of the target action's noise
     noise_clip: float = 0.5  # c, largest noise
     policy_delay: int = 2  # critic updates per update of actor and targets
@@ -75,7 +75,7 @@ class Config:
             )
         if self.discount is not None and not 0 <= self.discount <= 1:
             raise ValueError(f"discount must lie in [0, 1], got {self.discount}")
-        if not 0 < self.polyak <= 1:
+        if self.polyak is not None and not 0 < self.polyak <= 1:
             raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}")
         if min(self.policy_noise, self.noise_clip) < 0:
             raise ValueError("policy_noise and noise_clip must not be negative")
@@ -83,26 +83,27 @@ class Config:
             raise ValueError(f"hidden_dims must be positive, got {self.hidden_dims}")
 
 
-LOCOMOTION = dict(
-    mu=0.1,
-    discount=0.99,
-    reward_scale=1.0,
-    reward_shift=0.0,
-    normalize_obs=True,
-    critic_layer_norm=False,
-)
+LOCOMOTION = {
+    "mu": 0.1,
+    "discount": 0.99,
+    "reward_scale": 1.0,
+    "reward_shift": 0.0,
+    "polyak": 0.005,
+    "normalize_obs": True,
+    "critic_layer_norm": False,
+}
+MAZE = {"polyak": 0.01, "critic_layer_norm": True}
 DEFAULTS = {  # first values from short experiments, results/LOG.md
     "locomotion": LOCOMOTION,
-    "pointmaze": LOCOMOTION | dict(discount=0.97, reward_shift=-1.0),
-    "antmaze": LOCOMOTION
-    | dict(reward_scale=100.0, normalize_obs=False, critic_layer_norm=True),
+    "pointmaze": LOCOMOTION | MAZE | {"discount": 0.98, "reward_scale": 10.0},
+    "antmaze": LOCOMOTION | MAZE | {"reward_scale": 100.0, "normalize_obs": False},
     "other": LOCOMOTION,  # untested
 }
 
 
 def resolve(config: Config, domain: str, action_dim: int) -> Config:
     """Returns `config` with every unset option at its domain's value."""
-    defaults = DEFAULTS[domain] | dict(scale=action_dim / 2)
+    defaults = DEFAULTS[domain] | {"scale": action_dim / 2}
     unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     return dataclasses.replace(config, **unset)
 
@@ -298,6 +299,12 @@ def update_critics(
     return agent._replace(critics=critics, critic_opt=critic_opt), metrics
 
 
+def follow(targets: Params, parameters: Params, config: Config) -> Params:
+    """The targets, one polyak step closer to the new parameters."""
+    tau: Any = config.polyak
+    return optax.incremental_update(parameters, targets, tau)
+
+
 def update_actor(
     agent: AgentState, bst: Supervisor, batch: Transition, config: Config
 ) -> tuple[AgentState, Metrics]:
@@ -312,10 +319,8 @@ def update_actor(
     return agent._replace(
         actor=actor,
         actor_opt=actor_opt,
-        target_actor=optax.incremental_update(actor, agent.target_actor, config.polyak),
-        target_critics=optax.incremental_update(
-            agent.critics, agent.target_critics, config.polyak
-        ),
+        target_actor=follow(agent.target_actor, actor, config),
+        target_critics=follow(agent.target_critics, agent.critics, config),
     ), metrics
 
 
@@ -419,7 +424,7 @@ def main(args: list[str] | None = None) -> None:
     job.wall["load"] = time.perf_counter() - begin
     data = job.place(data)
 
-    dims = dict(obs_dim=dataset.obs_dim, action_dim=dataset.action_dim)
+    dims = {"obs_dim": dataset.obs_dim, "action_dim": dataset.action_dim}
     agent = job.map(partial(init, **dims, config=config), True)(job.keys(0))
     morse_init = partial(morse.init, **dims, config=config.morse_net)
     morse_state = job.map(morse_init, True)(job.keys(1))
