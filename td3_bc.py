@@ -81,10 +81,11 @@ LOCOMOTION = {
     "normalize_obs": True,
     "critic_layer_norm": False,
 }
+POINTMAZE = {"discount": 0.98, "reward_scale": 10.0}
 MAZE = {"polyak": 0.01, "critic_layer_norm": True}
 DEFAULTS = {  # first values from short experiments, results/LOG.md
     "locomotion": LOCOMOTION,
-    "pointmaze": LOCOMOTION | MAZE | {"discount": 0.98, "reward_scale": 10.0},
+    "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
     "antmaze": LOCOMOTION | MAZE | {"reward_scale": 100.0, "normalize_obs": False},
     "other": LOCOMOTION,  # untested
 }

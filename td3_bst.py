@@ -84,7 +84,7 @@ class Config:
 
 
 LOCOMOTION = {
-    "mu": 0.1,
+    "mu": 0.03,
     "discount": 0.99,
     "reward_scale": 1.0,
     "reward_shift": 0.0,
@@ -92,10 +92,11 @@ LOCOMOTION = {
     "normalize_obs": True,
     "critic_layer_norm": False,
 }
+POINTMAZE = {"mu": 0.1, "discount": 0.98, "reward_scale": 10.0}
 MAZE = {"polyak": 0.01, "critic_layer_norm": True}
 DEFAULTS = {  # first values from short experiments, results/LOG.md
     "locomotion": LOCOMOTION,
-    "pointmaze": LOCOMOTION | MAZE | {"discount": 0.98, "reward_scale": 10.0},
+    "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
     "antmaze": LOCOMOTION | MAZE | {"reward_scale": 100.0, "normalize_obs": False},
     "other": LOCOMOTION,  # untested
 }

@@ -18,6 +18,7 @@ SMALL = Config(
     discount=0.9,
     reward_scale=1.0,
     reward_shift=0.0,
+    polyak=0.005,
     normalize_obs=False,
     critic_layer_norm=False,
     hidden_dims=(8, 8),

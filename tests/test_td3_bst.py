@@ -139,7 +139,16 @@ def test_resolve_fills_what_is_unset(domain: str):
 @pytest.mark.parametrize("domain", td3_bst.DEFAULTS)
 def test_resolve_keeps_what_is_set(domain: str):
     # False and 0 are set, not unset.
-    config = Config(0.3, 4.0, True, 0.0, 2.0, 0.0, False, False)
+    config = Config(
+        mu=0.3,
+        scale=4.0,
+        discount=0.0,
+        reward_scale=2.0,
+        reward_shift=0.0,
+        polyak=0.5,
+        normalize_obs=False,
+        critic_layer_norm=False,
+    )
     assert td3_bst.resolve(config, domain, action_dim=5) == config
 
 
@@ -786,16 +795,17 @@ def test_prepare_leaves_its_input_alone():
 
 
 def test_prepare_is_precise_for_a_million_rows():
-    # Half the rows 1000, half 1001: mean 1000.5, sd .5. Summed naively in float32,
-    # 1e9 would come in steps of 64.
+    # Half the rows 1000, half 1001: mean 1000.5, sd .5, plus 1e-3. Summed row by row in
+    # float32, whose steps near 1e9 are 64, the mean would come out as 1010.
     num = 1_000_000
-    obs: Any = np.tile(np.array([[1000], [1001]], np.float32), (num // 2, 1))
+    pair = np.array([[1000, 1001], [1001, 1000]], np.float32)
+    obs: Any = np.tile(pair, (num // 2, 1))
     flat: Any = np.zeros(num, np.float32)
     config = dataclasses.replace(SMALL, normalize_obs=True)
     data = Transition(obs, obs, flat, obs, flat)
     _, mean, std = td3_bst.prepare(data, config)
-    assert mean[0] == pytest.approx(1000.5, abs=1e-4)
-    assert std[0] == pytest.approx(0.501, abs=1e-6)
+    assert mean == pytest.approx(np.array([1000.5, 1000.5]), abs=1e-4)
+    assert std == pytest.approx(np.array([0.501, 0.501]), abs=1e-6)
 
 
 # ============================================================================== train
