@@ -1,7 +1,7 @@
 """What a run tells people: one line per evaluation, the last table, a tracker."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,40 +85,46 @@ def table(rows: list[dict[str, Any]], dataset: Dataset) -> str:
     return "\n".join(lines)
 
 
-def tracker(
-    kind: str, algorithm: str
-) -> Callable[[Path, dict[str, Any]], Callable[[list[dict[str, Any]]], None]]:
-    """Opens a tracker: (folder, options) -> a function of the new rows.
+class Tracker:
+    """Sends rows to TensorBoard or Weights & Biases, or nowhere."""
 
-    Raises:
-        UserError: its package is not installed.
-    """
-    package = {"none": "json", "tensorboard": "tensorboardX", "wandb": "wandb"}[kind]
-    try:
-        module = importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(
-            f"--track {kind} needs {package}: uv sync --extra {kind}"
-        ) from error
+    def __init__(self, kind: str) -> None:
+        """Looks for the tracker's package; UserError if it is not installed."""
+        package = {"tensorboard": "tensorboardX", "wandb": "wandb"}.get(kind)
+        self.kind = kind
+        self.sink: Any = None
+        if package:
+            try:
+                self.module = importlib.import_module(package)
+            except ImportError as error:
+                raise UserError(
+                    f"--track {kind} needs {package}: uv sync --extra {kind}"
+                ) from error
 
-    def open_tracker(folder: Path, options: dict[str, Any]) -> Callable[..., None]:
-        if kind == "tensorboard":
-            writer = module.SummaryWriter(str(folder / "tensorboard"))
-            send = writer.add_scalar
-        elif kind == "wandb":
-            own = module.init(project=algorithm, name=folder.name, config=options)
+    def open(self, folder: Path, algorithm: str, options: dict[str, Any]) -> None:
+        """Starts tracking the run in `folder`."""
+        if self.kind == "tensorboard":
+            self.sink = self.module.SummaryWriter(str(folder / "tensorboard"))
+        elif self.kind == "wandb":
+            self.sink = self.module.init(
+                project=algorithm, name=folder.name, config=options
+            )
 
-            def send(name: str, value: float, step: int) -> None:
-                own.log({name: value, "step": step})
-        else:
-            return lambda rows: None
+    def send(self, rows: list[dict[str, Any]]) -> None:
+        """Sends the rows of one evaluation, as `seed<k>/<name>`."""
+        for row in rows if self.sink else ():
+            values = {
+                f"seed{row['seed']}/{name}": value
+                for name, value in row.items()
+                if name not in ("seed", "step") and value != ""
+            }
+            if self.kind == "wandb":
+                self.sink.log({**values, "step": row["step"]})
+                continue
+            for name, value in values.items():
+                self.sink.add_scalar(name, value, row["step"])
 
-        def track(rows: list[dict[str, Any]]) -> None:
-            for row in rows:
-                for name, value in row.items():
-                    if name not in ("seed", "step") and value != "":
-                        send(f"seed{row['seed']}/{name}", value, row["step"])
-
-        return track
-
-    return open_tracker
+    def close(self) -> None:
+        """Ends tracking; whatever the tracker has to say, it says now."""
+        if self.sink:
+            self.sink.finish() if self.kind == "wandb" else self.sink.close()

@@ -182,7 +182,7 @@ class Run:
         self.num_updates = self.options.num_updates or 0
         self.eval_every = self.options.eval_every or 1
         self.obs_mean, self.obs_std = obs_mean, obs_std
-        open_tracker = report.tracker(self.options.track, algorithm)
+        self.tracker = report.Tracker(self.options.track)
         self.seeds = list(range(options.seed, options.seed + options.num_seeds))
         self.mesh = seeds.mesh(len(self.seeds))
         self.lanes = seeds.lanes(self.seeds, self.mesh)
@@ -195,7 +195,7 @@ class Run:
         self._pool = ThreadPoolExecutor(1, "evaluation")
         self._evaluator: rollout.Evaluator | None = None
         self.folder = self._open(options.resume)
-        self.tracker = open_tracker(self.folder, report.flat(config))
+        self.tracker.open(self.folder, algorithm, report.flat(config))
         print(device_line())
         print(f"dataset: {report.describe(dataset)}")
         print(
@@ -228,8 +228,9 @@ class Run:
                     f"{self.num_updates} is fewer than its {done}"
                 )
         else:
-            slug = self.dataset.name.split("+")[0].removesuffix(".hdf5")
-            slug = "".join(c if c.isalnum() or c in "._" else "-" for c in slug)[-60:]
+            source = self.dataset.name.split("+")[0]
+            source = Path(source).stem if Path(source).is_file() else source
+            slug = "".join(c if c.isalnum() or c in "._" else "-" for c in source)
             name = f"{self.algorithm}-{slug.strip('-.')}-seed{self.seeds[0]}"
             folder = new_folder(self.options.run_dir, name)
         own = dataclasses.replace(self.options, resume=None)
@@ -439,7 +440,7 @@ class Run:
             rows.append(row | metrics[i])
         self.rows += rows
         self._write_log(rows)
-        self.tracker(rows)
+        self.tracker.send(rows)
         tqdm.write(report.line(step, rows), file=sys.stdout)
 
     def _write_log(self, new: list[dict[str, Any]] | None = None) -> None:
@@ -493,6 +494,7 @@ class Run:
                 path = self.folder / "certainty.png"
                 plots.certainty(path, density, self.dataset, policy, title)
         self._write_result()
+        self.tracker.close()
         self._pool.shutdown()
         if self._evaluator:
             self._evaluator.close()

@@ -27,6 +27,7 @@ SMALL = Config(
 )
 
 init = jax.jit(td3_bst.init, static_argnums=(1, 2, 3))
+morse_init = jax.jit(morse.init, static_argnums=(1, 2, 3))
 actor_loss = jax.jit(td3_bst.actor_loss, static_argnames="config")
 actor_grad = jax.jit(
     jax.grad(td3_bst.actor_loss, has_aux=True), static_argnames="config"
@@ -80,7 +81,7 @@ def random_agent(seed: int, config: Config = SMALL) -> tuple[AgentState, Supervi
     agent = agent._replace(
         target_actor=other.target_actor, target_critics=other.target_critics
     )
-    state = morse.init(key_morse, OBS_DIM, ACTION_DIM, config.morse_net)
+    state = morse_init(key_morse, OBS_DIM, ACTION_DIM, config.morse_net)
     return agent, bst_of(state.params)
 
 
