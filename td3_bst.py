@@ -92,7 +92,7 @@ LOCOMOTION = {
     "normalize_obs": True,
     "critic_layer_norm": False,
 }
-POINTMAZE = {"mu": 0.1, "discount": 0.98, "reward_scale": 10.0}
+POINTMAZE = {"mu": 0.3, "discount": 0.98, "reward_scale": 10.0}
 MAZE = {"polyak": 0.01, "critic_layer_norm": True}
 DEFAULTS = {  # first values from short experiments, results/LOG.md
     "locomotion": LOCOMOTION,
