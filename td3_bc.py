@@ -67,7 +67,7 @@ class Config:
             raise ValueError(f"discount must lie in [0, 1], got {self.discount}")
         if self.polyak is not None and not 0 < self.polyak <= 1:
             raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}")
-        if min(self.policy_noise, self.noise_clip) < 0:
+        if not (self.policy_noise >= 0 and self.noise_clip >= 0):
             raise ValueError("policy_noise and noise_clip must not be negative")
         if not self.hidden_dims or min(self.hidden_dims) < 1:
             raise ValueError(f"hidden_dims must be positive, got {self.hidden_dims}")

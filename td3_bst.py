@@ -77,7 +77,7 @@ class Config:
             raise ValueError(f"discount must lie in [0, 1], got {self.discount}")
         if self.polyak is not None and not 0 < self.polyak <= 1:
             raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}")
-        if min(self.policy_noise, self.noise_clip) < 0:
+        if not (self.policy_noise >= 0 and self.noise_clip >= 0):
             raise ValueError("policy_noise and noise_clip must not be negative")
         if not self.hidden_dims or min(self.hidden_dims) < 1:
             raise ValueError(f"hidden_dims must be positive, got {self.hidden_dims}")
@@ -421,6 +421,8 @@ def main(args: list[str] | None = None) -> None:
     data, mean, std = prepare(
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config
     )
+    if (config.mu or 1) < 0.025:
+        print("warning: with mu below 0.025 Adam's squared gradients overflow float32")
     job = run.Run("td3_bst", options, config, dataset, mean, std)
     job.wall["load"] = time.perf_counter() - begin
     data = job.place(data)

@@ -184,7 +184,7 @@ def ensure(dataset_id: str, num_episodes: int = NUM_EPISODES) -> Path:
         num_episodes: how many; only tests ask for other than the default.
 
     Raises:
-        UserError: there is no such dataset.
+        UserError: there is no such dataset, or no room for it.
     """
     if dataset_id not in MAPS:
         known = ", ".join(MAPS)
@@ -193,20 +193,24 @@ def ensure(dataset_id: str, num_episodes: int = NUM_EPISODES) -> Path:
     folder = root / dataset_id
     if is_complete(folder, num_episodes):
         return folder
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=root) as scratch:
-        generate(dataset_id, num_episodes, Path(scratch))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.rename(Path(scratch) / dataset_id, folder)
-        except OSError:  # something is there: another process's, or half a dataset
-            if not is_complete(folder, num_episodes):
-                shutil.rmtree(folder, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    os.rename(Path(scratch) / dataset_id, folder)
-    if not is_complete(folder, num_episodes):
-        raise UserError(f"The dataset could not be written to {folder}; can you?")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=root) as scratch:
+            generate(dataset_id, num_episodes, Path(scratch))
+            put(Path(scratch) / dataset_id, folder, num_episodes)
+    except OSError as error:
+        raise UserError(f"{dataset_id} cannot be written to {root}: {error}") from error
     return folder
+
+
+def put(made: Path, folder: Path, num_episodes: int) -> None:
+    """Renames a new dataset to its place, unless another process was faster."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # something is there: complete, or half
+        made.rename(folder)
+    if not is_complete(folder, num_episodes):
+        shutil.rmtree(folder, ignore_errors=True)
+        made.rename(folder)
 
 
 def is_complete(folder: Path, num_episodes: int) -> bool:

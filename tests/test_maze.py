@@ -162,3 +162,10 @@ def test_the_controller_pushes_towards_the_wanted_velocity():
     np.testing.assert_allclose(force, [0.0, 0.5], atol=1e-6)
     force = maze.control(still, still, ahead, speed=4.5, turn=0.0)
     np.testing.assert_allclose(force, [maze.MAX_FORCE, 0.0], atol=1e-6)
+
+
+def test_no_room_for_the_dataset_is_one_error(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file where the cache's folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=f"{ID} cannot be written to "):
+        maze.ensure(ID, NUM)
