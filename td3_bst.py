@@ -84,7 +84,7 @@ class Config:
 
 
 LOCOMOTION = {
-    "mu": 0.03,
+    "mu": 0.1,
     "discount": 0.99,
     "reward_scale": 1.0,
     "reward_shift": 0.0,

@@ -4,17 +4,18 @@ Nothing here changes a number: it calls what the algorithm's file hands it and w
 down what came.
 """
 
+import contextlib
 import csv
 import dataclasses
 import importlib.metadata
 import io
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -247,6 +248,13 @@ class Run:
         )
         return folder
 
+    def discard(self) -> None:
+        """Removes the folder again, if this process made it: nothing was trained."""
+        if self.options.resume is None:
+            shutil.rmtree(self.folder)
+            with contextlib.suppress(OSError):  # others' runs are in there
+                self.options.run_dir.rmdir()
+
     # ------------------------------------------------------------------ compiled work
 
     def keys(self, stage: int) -> jax.Array:
@@ -273,7 +281,7 @@ class Run:
                 bar.update(length)
                 start += length
 
-    @contextmanager
+    @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the block's wall time to `stage`."""
         begin = time.perf_counter()
@@ -560,7 +568,11 @@ def fit_morse(
     about = (scale, config, data.fingerprint, standardised)
     if options.morse is not None:
         template = jax.tree.map(lambda x: np.asarray(x)[0], state.params)
-        loaded = [load_morse(options.morse, s, template, *about) for s in job.seeds]
+        try:
+            loaded = [load_morse(options.morse, s, template, *about) for s in job.seeds]
+        except UserError:
+            job.discard()
+            raise
         params = job.spread(jax.tree.map(lambda *x: np.stack(x), *loaded))
     else:
 

@@ -268,6 +268,7 @@ def test_a_network_fitted_otherwise_is_refused(
         change = ["--normalize-obs", "False"]
     with pytest.raises(UserError, match=message):
         train(capsys, *args, "--morse", first, *change)
+    assert list(tmp_path.iterdir()) == [first], "the refused run left a folder"
 
 
 # ------------------------------------------------------------------------------ policy
