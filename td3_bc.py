@@ -41,12 +41,12 @@ class Config:
     """TD3+BC's options. Unset (None) ones take the domain's value, see DEFAULTS."""
 
     alpha: float = 2.5  # alpha, weight of Q / Z_Q against the squared error; 0: BC
-    discount: float | None = None  # gamma, per step
-    reward_scale: float | None = None  # the reward is multiplied by this, then
-    reward_shift: float | None = None  # this is added
-    polyak: float | None = None  # tau, share of the new parameters in the targets
-    normalize_obs: bool | None = None  # standardise observations by the dataset
-    critic_layer_norm: bool | None = None  # layer norm in the critics' hidden layers
+    discount: float | None = None  # gamma, per step; unset: by domain
+    reward_scale: float | None = None  # times the reward; unset: by domain
+    reward_shift: float | None = None  # added after scaling; unset: by domain
+    polyak: float | None = None  # tau, the targets' step; unset: by domain
+    normalize_obs: bool | None = None  # standardise observations; unset: by domain
+    critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor and critics
     actor_learning_rate: float = 3e-4  # Adam's step size
     critic_learning_rate: float = 3e-4  # Adam's step size

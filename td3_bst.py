@@ -44,15 +44,15 @@ Metrics = dict[str, jax.Array]
 class Config:
     """TD3-BST's options. Unset (None) ones take the domain's value, see DEFAULTS."""
 
-    mu: float | None = None  # mu, temperature of the weight; smaller holds tighter
+    mu: float | None = None  # mu, temperature of the weight; unset: by domain
     scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
     supervisor_gradient: bool = True  # differentiate through omega as well
-    discount: float | None = None  # gamma, per step
-    reward_scale: float | None = None  # the reward is multiplied by this, then
-    reward_shift: float | None = None  # this is added
-    polyak: float | None = None  # tau, share of the new parameters in the targets
-    normalize_obs: bool | None = None  # standardise observations by the dataset
-    critic_layer_norm: bool | None = None  # layer norm in the critics' hidden layers
+    discount: float | None = None  # gamma, per step; unset: by domain
+    reward_scale: float | None = None  # times the reward; unset: by domain
+    reward_shift: float | None = None  # added after scaling; unset: by domain
+    polyak: float | None = None  # tau, the targets' step; unset: by domain
+    normalize_obs: bool | None = None  # standardise observations; unset: by domain
+    critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor and critics
     actor_learning_rate: float = 3e-4  # Adam's step size
     critic_learning_rate: float = 3e-4  # Adam's step size
