@@ -188,6 +188,7 @@ class Run:
         self.mesh = seeds.mesh(len(self.seeds))
         self.lanes = seeds.lanes(self.seeds, self.mesh)
         self.wall: dict[str, float] = {}
+        self._inside = 0.0  # seconds of timed blocks inside the present one
         self.trained = 0  # updates trained by this process
         self.rows: list[dict[str, Any]] = []
         self._sums: dict[str, np.ndarray] = {}
@@ -283,13 +284,15 @@ class Run:
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Adds the block's wall time to `stage`."""
-        begin = time.perf_counter()
+        """Adds the block's wall time to `stage`, less that of blocks timed inside it."""
+        begin, outer, self._inside = time.perf_counter(), self._inside, 0.0
         try:
             yield
         finally:
             spent = time.perf_counter() - begin
-            self.wall[stage] = self.wall.get(stage, 0.0) + spent
+            own = spent - self._inside
+            self.wall[stage] = self.wall.get(stage, 0.0) + own
+            self._inside = outer + spent
 
     def chunked(
         self, function: Callable[..., Any], *per_seed: bool
