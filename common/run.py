@@ -284,7 +284,7 @@ class Run:
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Adds the block's wall time to `stage`, less that of blocks timed inside it."""
+        """Adds the block's wall time to `stage`, less blocks timed inside it."""
         begin, outer, self._inside = time.perf_counter(), self._inside, 0.0
         try:
             yield
