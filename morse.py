@@ -56,8 +56,10 @@ class Config:
         if self.kernel not in ("rbf", "rq"):
             raise ValueError(f"kernel must be 'rbf' or 'rq', got {self.kernel!r}")
         for name in ("kappa", "learning_rate", "batch_size", "num_negatives"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"{name} must be finite and > 0, got {getattr(self, name)}"
+                )
         if not all(width > 0 for width in self.hidden_dims):
             raise ValueError(f"hidden_dims must all be > 0, got {self.hidden_dims}")
 
@@ -137,7 +139,7 @@ def morse_loss(
     action: Array,
     negatives: Array,
     scale: Scalar,
-    config: Config,
+    config: Config = Config(),
 ) -> tuple[Array, Metrics]:
     """L of the module docstring for obs (B, S), action (B, A), negatives (B, K, A)."""
     batch, action_dim = action.shape
@@ -296,8 +298,8 @@ class Options:
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} must be >= 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"--seed must be >= 0, got {self.seed}")
+        if not 0 <= self.seed <= 2**32 - self.num_seeds:
+            raise ValueError(f"--seed must lie in [0, 2**32), got {self.seed}")
         if self.dataset is None and (len(self.scale) > 1 or self.num_seeds > 1):
             raise ValueError("without --dataset: one --scale and one seed, the toy's")
 
@@ -452,7 +454,7 @@ def calibrate(options: Options) -> Path:
     kept = jnp.asarray(obs[~held_out]), jnp.asarray(action[~held_out])
     rows: list[dict[str, float]] = []
     pooled: dict[float, dict[str, list]] = {}  # certainties by scale and set
-    for scale in options.scale or (ds.action_dim / 2,):
+    for scale in dict.fromkeys(options.scale or (ds.action_dim / 2,)):
         pooled[scale] = {name: [] for name in sets}
         for seed in range(options.seed, options.seed + options.num_seeds):
             params = fit_with_bar(seed, *kept, scale, options)

@@ -56,6 +56,9 @@ class Config:
     policy_delay: int = 2  # critic updates per update of actor and targets
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not np.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         positive = ("actor_learning_rate", "critic_learning_rate")
         for name in (*positive, "batch_size", "policy_delay", "reward_scale"):
             value = getattr(self, name)
@@ -374,9 +377,6 @@ def main(args: list[str] | None = None) -> None:
     from common.options import parse
 
     options, config = parse("td3_bc", Config(), __doc__ or "", args)
-    options = dataclasses.replace(
-        options, num_morse_updates=options.num_morse_updates or 0
-    )
     begin = time.perf_counter()
     seeds.use_cores(options.num_seeds)
     dataset = datasets.load(options.dataset, options.eval_map)
@@ -384,6 +384,8 @@ def main(args: list[str] | None = None) -> None:
     data, mean, std = prepare(
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config
     )
+    lam, net = dataset.action_dim / 2, morse.Config()
+    reused = run.reused_networks(options, dataset, mean, lam, net)
     job = run.Run("td3_bc", options, config, dataset, mean, std)
     job.wall["load"] = time.perf_counter() - begin
     data = job.place(data)
@@ -399,20 +401,19 @@ def main(args: list[str] | None = None) -> None:
 
     program = job.chunked(partial(train, config=config), True, False, True, False)
     keys = job.keys(2)
-    for start, length in job.chunks("TD3+BC", step, job.num_updates, job.eval_every):
+    for start, length in job.chunks("TD3+BC", step, *job.plan):
         with job.timed("training"):
             agent, metrics = program(length, agent, data, keys, np.int32(start))
             job.record(metrics, length)
         if job.due(start + length):
             job.checkpoint(start + length, agent, agent.actor)
 
-    density, net, scale = None, morse.Config(), dataset.action_dim / 2
-    if options.morse or options.num_morse_updates:
-        morse_init = partial(morse.init, **dims, config=net)
-        state = job.map(morse_init, True)(job.keys(1))
-        params = run.fit_morse(job, state, data.obs, data.action, scale, net)
+    density = None
+    if reused or job.options.num_morse_updates:
+        state = job.map(partial(morse.init, **dims, config=net), True)(job.keys(3))
+        params = run.fit_morse(job, state, data.obs, data.action, lam, net, reused)
         first = jax.tree.map(lambda x: np.asarray(x)[0], params)
-        density = partial(morse.certainty, first, scale=scale, config=net)
+        density = partial(morse.certainty, first, scale=lam, config=net)
     job.finish(agent.actor, density)
 
 

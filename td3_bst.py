@@ -63,6 +63,9 @@ class Config:
     morse_net: morse.Config = morse.Config()
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not np.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         positive = ("scale", "actor_learning_rate", "critic_learning_rate")
         for name in (*positive, "batch_size", "policy_delay", "reward_scale"):
             value = getattr(self, name)
@@ -423,19 +426,19 @@ def main(args: list[str] | None = None) -> None:
     )
     if (config.mu or 1) < 0.025:
         print("warning: with mu below 0.025 Adam's squared gradients overflow float32")
+    lam, net = config.scale, config.morse_net
+    reused = run.reused_networks(options, dataset, mean, lam, net)
     job = run.Run("td3_bst", options, config, dataset, mean, std)
     job.wall["load"] = time.perf_counter() - begin
     data = job.place(data)
 
     dims = {"obs_dim": dataset.obs_dim, "action_dim": dataset.action_dim}
     agent = job.map(partial(init, **dims, config=config), True)(job.keys(0))
-    morse_init = partial(morse.init, **dims, config=config.morse_net)
-    morse_state = job.map(morse_init, True)(job.keys(1))
+    morse_state = job.map(partial(morse.init, **dims, config=net), True)(job.keys(3))
     step, restored = 0, job.restore((agent, morse_state.params))
     if restored is None:
-        params = run.fit_morse(
-            job, morse_state, data.obs, data.action, config.scale, config.morse_net
-        )
+        pairs = (data.obs, data.action)
+        params = run.fit_morse(job, morse_state, *pairs, lam, net, reused)
         job.checkpoint(0, (agent, params), agent.actor)
     else:
         (agent, params), step = restored
@@ -446,7 +449,7 @@ def main(args: list[str] | None = None) -> None:
     bst = Supervisor(params, *job.split((np.float32(scale), np.float32(mu))))
     program = job.chunked(partial(train, config=config), True, True, False, True, False)
     keys = job.keys(2)
-    for start, length in job.chunks("TD3-BST", step, job.num_updates, job.eval_every):
+    for start, length in job.chunks("TD3-BST", step, *job.plan):
         with job.timed("training"):
             agent, metrics = program(length, agent, bst, data, keys, np.int32(start))
             job.record(metrics, length)
@@ -454,10 +457,8 @@ def main(args: list[str] | None = None) -> None:
             job.checkpoint(start + length, (agent, params), agent.actor)
 
     first = jax.tree.map(lambda x: np.asarray(x)[0], params)
-    job.finish(
-        agent.actor,
-        partial(morse.certainty, first, scale=scale[0], config=config.morse_net),
-    )
+    density = partial(morse.certainty, first, scale=scale[0], config=net)
+    job.finish(agent.actor, density)
 
 
 if __name__ == "__main__":

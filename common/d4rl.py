@@ -209,8 +209,9 @@ def read(path: Path, source: str, name: str) -> Transitions:
 
     Returns:
         All rows if there are next observations; otherwise those that D4RL's
-        `qlearning_dataset` keeps: no row at a time-out and not the last one. D4RL's
-        own files with time-outs are always read the latter way, as D4RL does.
+        `qlearning_dataset` keeps, no row at a time-out and not the last one, and of
+        arrays of one's own the terminal rows as well. D4RL's own files with time-outs
+        are always read its way.
 
     Raises:
         UserError: the file is not what it should be.
@@ -227,6 +228,8 @@ def read(path: Path, source: str, name: str) -> Transitions:
     if name and not ({"timeouts", "next_observations"} & arrays.keys()):
         arrays["timeouts"] = _timeouts_by_length(arrays["terminals"], name)
     rows, keep = _rows(source, arrays)
+    if not name:  # a terminal row is whole without a next observation
+        keep |= rows["terminals"]
     if maze:
         keep &= until_success(rows["rewards"], rows["episodes"])
         rows["terminals"] = rows["terminals"] | (rows["rewards"] > 0)
@@ -249,6 +252,7 @@ def _rows(
                 f"none was), so that no transition runs from one episode into the next."
             )
         next_obs = np.concatenate([obs[1:], obs[-1:]])
+        next_obs[terminal] = obs[terminal]  # not the next episode's; never looked at
         keep = ~timeout
         keep[-1:] = False
         ends = terminal | timeout

@@ -1,5 +1,6 @@
 """Every dataset as one kind of arrays: Minari, D4RL, or a file of one's own."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +213,11 @@ def _check_alike(first: Dataset, other: Dataset) -> None:
             f"{first.name} and {other.name} cannot be joined: their environments are "
             f"{first.env_id or 'unknown'} and {other.env_id or 'unknown'}."
         )
+    maps = [
+        json.loads(d.task.env_spec)["kwargs"] if d.task else {} for d in (first, other)
+    ]
+    if maps[0].get("maze_map") != maps[1].get("maze_map"):
+        raise UserError(f"{first.name} and {other.name} cannot be joined: other mazes.")
     if (first.obs_dim, first.action_dim) != (other.obs_dim, other.action_dim):
         raise UserError(
             f"{first.name} and {other.name} cannot be joined: observations have "

@@ -83,7 +83,7 @@ def parse(
     args = sys.argv[1:] if args is None else args
     options, asked = _cli(algorithm, RunOptions(), config, about, args)
     if options.resume is None:
-        return options, asked
+        return _absolute(options), asked
     stored = checkpoint.read_json(options.resume / "config.json")
     if stored.get("algorithm") != algorithm:
         raise UserError(
@@ -93,20 +93,32 @@ def parse(
     try:
         own = from_json(RunOptions, stored["options"])
         own_config = from_json(type(config), stored["config"])
-    except (KeyError, TypeError, ValueError) as error:
+        stored["dataset"]["fingerprint"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{options.resume}/config.json is from another version: {error}"
+            f"{options.resume}/config.json is damaged or from another version: {error}"
         ) from error
     options, asked = _cli(algorithm, own, own_config, about, args)
-    free = dict(num_updates=None, resume=None, run_dir=Path(), track="none")
+    free: dict[str, Any] = dict(num_updates=None, resume=None, run_dir=Path())
+    free |= dict(track="none", dataset="", morse=None)
     if (asked, dataclasses.replace(options, **free)) != (
         own_config,
         dataclasses.replace(own, **free),
     ):
         raise UserError(
-            "a resumed run keeps its options; only --num-updates may change"
+            "a resumed run keeps its options; only --num-updates may change, and the "
+            "place of its data (--dataset)"
         )
-    return options, asked
+    return _absolute(options), asked
+
+
+def _absolute(options: RunOptions) -> RunOptions:
+    """Files by their absolute paths, so that a run can be resumed from anywhere."""
+    names = options.dataset.split("+")
+    if all(Path(name).is_file() for name in names):
+        names = [str(Path(name).resolve()) for name in names]
+    morse = options.morse.resolve() if options.morse else None
+    return dataclasses.replace(options, dataset="+".join(names), morse=morse)
 
 
 def _cli(

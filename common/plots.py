@@ -21,7 +21,7 @@ NEIGHBOURS = 60  # data actions shown per state
 def curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     """Every logged quantity against the critic updates, a line per seed."""
     skip = ("seed", "step")
-    names = [k for k in rows[0] if k not in skip and _numeric(rows, k)]
+    names = [k for k in rows[0] if k not in skip and _numeric(rows, k)] or ["return"]
     columns = 4
     height = -(-len(names) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.3 * height + 0.5), layout="constrained")
@@ -32,7 +32,7 @@ def curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
         for seed in seeds:
             own = [r for r in rows if int(r["seed"]) == seed]
             steps = [int(r["step"]) for r in own]
-            ax.plot(steps, [float(r[name]) for r in own], marker=".", label=f"{seed}")
+            ax.plot(steps, [_float(r[name]) for r in own], marker=".", label=f"{seed}")
         ax.set_title(name, fontsize=10)
         ax.tick_params(labelsize=8)
         ax.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
@@ -44,9 +44,12 @@ def curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _float(cell: Any) -> float:
+    return float("nan") if cell in ("", None) else float(cell)
+
+
 def _numeric(rows: list[dict[str, Any]], name: str) -> bool:
-    values = [r[name] for r in rows]
-    return all(v not in ("", None) and not np.isnan(float(v)) for v in values)
+    return bool(np.isfinite([_float(row[name]) for row in rows]).any())
 
 
 def certainty(

@@ -103,12 +103,15 @@ class Tracker:
 
     def open(self, folder: Path, algorithm: str, options: dict[str, Any]) -> None:
         """Starts tracking the run in `folder`."""
-        if self.kind == "tensorboard":
-            self.sink = self.module.SummaryWriter(str(folder / "tensorboard"))
-        elif self.kind == "wandb":
-            self.sink = self.module.init(
-                project=algorithm, name=folder.name, config=options
-            )
+        try:
+            if self.kind == "tensorboard":
+                self.sink = self.module.SummaryWriter(str(folder / "tensorboard"))
+            elif self.kind == "wandb":
+                self.sink = self.module.init(
+                    project=algorithm, name=folder.name, config=options
+                )
+        except Exception as error:  # a stranger's code: not logged in, no network, ...
+            raise UserError(f"--track {self.kind} did not start: {error}") from error
 
     def send(self, rows: list[dict[str, Any]]) -> None:
         """Sends the rows of one evaluation, as `seed<k>/<name>`."""

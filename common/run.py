@@ -10,7 +10,6 @@ import dataclasses
 import importlib.metadata
 import io
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -111,11 +110,13 @@ def save_morse(
     config: Any,
     fingerprint: str,
     standardised: bool,
+    loss: float | None = None,
 ) -> None:
-    """Writes one fitted Morse network to `folder`/morse."""
+    """Writes one fitted Morse network, and its last loss, to `folder`/morse."""
     meta = dict(scale=float(scale), config=to_json(config), fingerprint=fingerprint)
+    meta |= dict(standardised=standardised, loss=loss)
     path = folder / "morse" / f"scale{float(scale):g}-seed{seed}.safetensors"
-    checkpoint.save_tree(path, params, meta | dict(standardised=standardised))
+    checkpoint.save_tree(path, params, meta)
 
 
 def load_morse(
@@ -127,7 +128,11 @@ def load_morse(
     fingerprint: str,
     standardised: bool,
 ) -> Any:
-    """Reads what `save_morse` wrote; UserError unless data and settings agree."""
+    """Reads what `save_morse` wrote: (parameters, loss).
+
+    Raises:
+        UserError: there is no such network, or its data or settings are others.
+    """
     path = folder / "morse" / f"scale{float(scale):g}-seed{seed}.safetensors"
     if not path.is_file():
         there = sorted(p.stem for p in (folder / "morse").glob("*.safetensors"))
@@ -137,18 +142,20 @@ def load_morse(
         )
     params, meta = checkpoint.load_tree(path, template)
     wanted = dict(
+        scale=float(scale),
         kernel=config.kernel,
         kappa=config.kappa,
         fingerprint=fingerprint,
         standardised=standardised,
     )
-    found = meta.get("config", {}) | meta
+    found = {**meta.get("config", {}), **meta}
     for name, value in wanted.items():
         if found.get(name) != value:
             raise UserError(
                 f"{path} was fitted with {name} {found.get(name)}, this run has {value}"
             )
-    return params
+    loss = meta.get("loss")
+    return params, float("nan") if loss is None else loss
 
 
 # =============================================================================== Run
@@ -182,6 +189,8 @@ class Run:
         self.options = resolve(options, dataset, getattr(config, "policy_delay", 1))
         self.num_updates = self.options.num_updates or 0
         self.eval_every = self.options.eval_every or 1
+        unit = getattr(config, "policy_delay", 1)
+        self.plan = (self.num_updates, self.eval_every, unit)  # for `chunks`
         self.obs_mean, self.obs_std = obs_mean, obs_std
         self.tracker = report.Tracker(self.options.track)
         self.seeds = list(range(options.seed, options.seed + options.num_seeds))
@@ -189,7 +198,8 @@ class Run:
         self.lanes = seeds.lanes(self.seeds, self.mesh)
         self.wall: dict[str, float] = {}
         self._inside = 0.0  # seconds of timed blocks inside the present one
-        self.trained = 0  # updates trained by this process
+        self.trained = 0  # updates, by this and earlier processes of the run
+        self.constants: dict[str, list[float]] = {}  # columns that stay, per seed
         self.rows: list[dict[str, Any]] = []
         self._sums: dict[str, np.ndarray] = {}
         self._count = 0
@@ -200,9 +210,10 @@ class Run:
         self.tracker.open(self.folder, algorithm, report.flat(config))
         print(device_line())
         print(f"dataset: {report.describe(dataset)}")
-        print(
-            "options: " + " ".join(f"{k}={v}" for k, v in report.flat(config).items())
-        )
+        for part in (config, self.options):
+            print(
+                "options: " + " ".join(f"{k}={v}" for k, v in report.flat(part).items())
+            )
         if dataset.task is None:
             print(f"evaluation is off: {dataset.why_no_task}")
         print(f"run: {self.folder}", flush=True)
@@ -215,6 +226,7 @@ class Run:
             action_dim=self.dataset.action_dim,
             domain=self.dataset.domain,
         )
+        stored, done = {}, 0
         if resume is not None:
             stored = checkpoint.read_json(resume / "config.json")
             if stored["dataset"]["fingerprint"] != about["fingerprint"]:
@@ -235,26 +247,17 @@ class Run:
             slug = "".join(c if c.isalnum() or c in "._" else "-" for c in source)
             name = f"{self.algorithm}-{slug.strip('-.')}-seed{self.seeds[0]}"
             folder = new_folder(self.options.run_dir, name)
-        own = dataclasses.replace(self.options, resume=None)
-        checkpoint.write_json(
-            folder / "config.json",
-            dict(
-                algorithm=self.algorithm,
-                options=to_json(own),
-                config=to_json(self.config),
-                dataset=about,
-                versions=versions(),
-                commit=commit(),
-            ),
-        )
+        own = to_json(dataclasses.replace(self.options, resume=None))
+        now = dict(versions=versions(), commit=commit())
+        content = dict(algorithm=self.algorithm, options=own)
+        content |= dict(config=to_json(self.config), dataset=about, **now)
+        if resume is not None:  # what the run began with stays
+            for torn in folder.rglob(".*.tmp"):
+                torn.unlink()
+            content = {**stored, "options": own}
+            content["resumed"] = [*stored.get("resumed", []), {"step": done, **now}]
+        checkpoint.write_json(folder / "config.json", content)
         return folder
-
-    def discard(self) -> None:
-        """Removes the folder again, if this process made it: nothing was trained."""
-        if self.options.resume is None:
-            shutil.rmtree(self.folder)
-            with contextlib.suppress(OSError):  # others' runs are in there
-                self.options.run_dir.rmdir()
 
     # ------------------------------------------------------------------ compiled work
 
@@ -267,17 +270,19 @@ class Run:
         return seeds.map_seeds(function, per_seed, self.mesh)
 
     def chunks(
-        self, label: str, start: int, total: int, every: int
+        self, label: str, start: int, total: int, every: int, unit: int
     ) -> Iterator[tuple[int, int]]:
         """Yields (start, length) up to `total`, with a progress bar.
 
-        A chunk has at most 1000 updates and ends at multiples of `every`.
+        A chunk has at most 1000 updates, ends at multiples of `every`, and is a
+        multiple of `unit` if the counts are.
         """
+        longest = max(CHUNK - CHUNK % unit, unit)
         with tqdm(
             total=total, initial=start, desc=label, unit=" updates", disable=None
         ) as bar:
             while start < total:
-                length = min(CHUNK, total - start, every - start % every)
+                length = min(longest, total - start, every - start % every)
                 yield start, length
                 bar.update(length)
                 start += length
@@ -354,22 +359,32 @@ class Run:
         """
         self.flush()
         rows = [
-            {
-                name: float(
-                    value[i] if name.endswith("_max") else value[i] / self._count
-                )
-                for name, value in self._sums.items()
-            }
+            {k: float(v[i]) for k, v in self._means().items()}
+            | {k: v[i] for k, v in self.constants.items()}
             for i in range(len(self.seeds))
         ]
         self._sums, self._count = {}, 0
         with self.timed("writing"):
             path = self.folder / "checkpoint" / f"step-{step:09d}.safetensors"
             meta = dict(step=step, rows=rows, seeds=self.seeds)
-            checkpoint.save_tree(path, self._own(state), meta)
+            meta |= dict(constants=self.constants)
+            checkpoint.save_tree(path, self._whole(state), meta)
+            spent = dict(wall=self.wall, trained=self.trained)
+            checkpoint.write_json(self.folder / "wall.json", spent)
             for old in self._checkpoints(self.folder)[:-2]:
                 old.unlink()
         self._evaluate(step, actor, rows)
+
+    def _means(self) -> dict[str, np.ndarray]:
+        return {
+            name: value if name.endswith("_max") else value / self._count
+            for name, value in self._sums.items()
+        }
+
+    def _whole(self, state: Any) -> dict[str, Any]:
+        """What a checkpoint holds: the seeds' state and the normalisation."""
+        norm = dict(obs_mean=self.obs_mean, obs_std=self.obs_std)
+        return {"state": self._own(state), **norm}
 
     def restore(self, template: Any) -> tuple[Any, int] | None:
         """The newest checkpoint's state, laid out as `template`, and its step.
@@ -380,16 +395,24 @@ class Run:
         paths = self._checkpoints(self.folder)
         if not paths:
             return None
-        state, meta = checkpoint.load_tree(paths[-1], self._own(template))
+        whole, meta = checkpoint.load_tree(paths[-1], self._whole(template))
+        for name in ("obs_mean", "obs_std"):
+            if not np.array_equal(whole[name], getattr(self, name)):
+                raise UserError(f"{paths[-1]} was trained with another {name}")
+        spent = checkpoint.read_json(self.folder / "wall.json")
+        self.wall, self.trained = dict(spent["wall"]), int(spent["trained"])
+        self.constants = meta["constants"]
         self.rows = [r for r in self._read_log() if int(r["step"]) < meta["step"]]
         self._write_log()
         print(f"resumed at update {meta['step']} from {paths[-1]}")
         self._restored_rows = meta["rows"]
-        return self.spread(state), int(meta["step"])
+        return self.spread(whole["state"]), int(meta["step"])
 
     @staticmethod
     def _checkpoints(folder: Path) -> list[Path]:
-        return sorted((folder / "checkpoint").glob("step-*.safetensors"), key=_step_of)
+        return sorted(
+            (folder / "checkpoint").glob("step-[0-9]*.safetensors"), key=_step_of
+        )
 
     def _own(self, tree: Any) -> Any:
         """The seeds' share of the lanes, as numpy."""
@@ -499,12 +522,13 @@ class Run:
                 obs_keys=list(task.obs_keys) if task else [],
             )
             rollout.export(self.folder / "policy", policy, self.seeds, about)
+        self._write_result()
+        with self.timed("writing"):
             title = f"{self.algorithm} on {self.dataset.name}"
             plots.curves(self.folder / "curves.png", self.rows, title)
             if density is not None:
                 path = self.folder / "certainty.png"
                 plots.certainty(path, density, self.dataset, policy, title)
-        self._write_result()
         self.tracker.close()
         self._pool.shutdown()
         if self._evaluator:
@@ -518,9 +542,6 @@ class Run:
         task = self.dataset.task
         wall = {k: round(v, 3) for k, v in self.wall.items()}
         rate = self.trained * len(self.seeds) / max(self.wall.get("training", 0), 1e-9)
-        if not self.trained and path.exists():  # a finished run, opened again
-            before = checkpoint.read_json(path)
-            wall, rate = before["wall"], before["updates_per_second"]
         checkpoint.write_json(
             path,
             dict(
@@ -533,6 +554,7 @@ class Run:
                     for k in ("score", "return")
                 },
                 success=[report.number(r["success"]) for r in last],
+                **self.constants,
                 lengths=[report.number(r["length"]) for r in last],
                 data=report.data_figures(self.dataset),
                 eval_map=task.eval_map if task else None,
@@ -550,51 +572,79 @@ class Run:
 # ============================================================================ Helpers
 
 
-def _step_of(checkpoint_path: Path) -> int:
-    return int(checkpoint_path.stem.removeprefix("step-"))
+def reused_networks(
+    options: RunOptions, dataset: Dataset, obs_mean: np.ndarray, scale: Any, config: Any
+) -> list[Any] | None:
+    """The networks that --morse names, one per seed; None without it.
+
+    Call before the run has a folder: a network that does not fit is a UserError.
+    """
+    if options.morse is None:
+        return None
+    init = partial(morse.init, config=config)
+    shape = jax.eval_shape(
+        lambda key: init(key, dataset.obs_dim, dataset.action_dim), jax.random.key(0)
+    )
+    standardised = bool(np.any(obs_mean != 0))
+    about = (scale, config, dataset.fingerprint, standardised)
+    chosen = range(options.seed, options.seed + options.num_seeds)
+    return [load_morse(options.morse, seed, shape.params, *about) for seed in chosen]
 
 
 def fit_morse(
-    job: Run, state: Any, obs: Any, action: Any, scale: float | None, config: Any
+    job: Run,
+    state: Any,
+    obs: Any,
+    action: Any,
+    scale: Any,
+    config: Any,
+    reused: list[Any] | None,
 ) -> Any:
-    """One Morse network per lane: fitted, or read from the run that --morse names.
+    """One Morse network per lane: the reused ones, else fitted.
 
     Args:
         state: the lanes' fresh morse.MorseState.
         obs, action: the dataset on the devices, as the networks see it.
+        reused: what `reused_networks` found: (parameters, loss) per seed.
     Returns:
         The networks' parameters, with the lane axis.
     """
-    assert scale is not None
-    options, data = job.options, job.dataset
-    standardised = bool(np.any(job.obs_mean != 0))
-    about = (scale, config, data.fingerprint, standardised)
-    if options.morse is not None:
-        template = jax.tree.map(lambda x: np.asarray(x)[0], state.params)
-        try:
-            loaded = [load_morse(options.morse, s, template, *about) for s in job.seeds]
-        except UserError:
-            job.discard()
-            raise
-        params = job.spread(jax.tree.map(lambda *x: np.stack(x), *loaded))
+    if reused is not None:
+        params = job.spread(
+            jax.tree.map(lambda *x: np.stack(x), *[n for n, _ in reused])
+        )
+        losses = [loss for _, loss in reused]
     else:
-
-        def train(state, obs, action, key, start, lam, num_updates):
-            return morse.train(state, obs, action, key, start, num_updates, lam, config)
-
-        program = job.chunked(train, True, False, False, True, False, False)
-        keys, total = job.keys(1), options.num_morse_updates or 0
-        metrics = {"morse_loss": np.full(len(job.lanes), np.nan)}
-        lam = np.float32(scale)
-        for start, length in job.chunks("Morse network", 0, total, total):
-            with job.timed("pretraining"):
-                start = np.int32(start)
-                state, metrics = program(length, state, obs, action, keys, start, lam)
-                jax.block_until_ready(state)
-        losses = np.asarray(metrics["morse_loss"])[: len(job.seeds)]
+        params, losses = _fitted(job, state, obs, action, np.float32(scale), config)
         print("Morse loss: " + " ".join(f"{x:.3f}" for x in losses), flush=True)
-        params = state.params
+    job.constants["morse_loss"] = losses
+    standardised = bool(np.any(job.obs_mean != 0))
+    about = (scale, config, job.dataset.fingerprint, standardised)
     for i, seed in enumerate(job.seeds):
         own = jax.tree.map(lambda x, i=i: np.asarray(x)[i], params)
-        save_morse(job.folder, seed, own, *about)
+        save_morse(job.folder, seed, own, *about, loss=losses[i])
     return params
+
+
+def _fitted(
+    job: Run, state: Any, obs: Any, action: Any, lam: np.float32, config: Any
+) -> tuple[Any, list[float]]:
+    """The parameters after the run's Morse updates, and each seed's last loss."""
+
+    def train(state, obs, action, key, start, lam, num_updates):
+        return morse.train(state, obs, action, key, start, num_updates, lam, config)
+
+    program = job.chunked(train, True, False, False, True, False, False)
+    keys, total = job.keys(1), job.options.num_morse_updates or 0
+    losses = np.full(len(job.lanes), np.nan)
+    for start, length in job.chunks("Morse network", 0, total, total, 1):
+        with job.timed("pretraining"):
+            state, metrics = program(
+                length, state, obs, action, keys, np.int32(start), lam
+            )
+            losses = np.asarray(metrics["morse_loss"])
+    return state.params, [float(x) for x in losses[: len(job.seeds)]]
+
+
+def _step_of(checkpoint_path: Path) -> int:
+    return int(checkpoint_path.stem.removeprefix("step-"))

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from common.errors import UserError
 
-CACHE_VERSION = 1  # counts up when the same source gives different arrays
+CACHE_VERSION = 2  # counts up when the same source gives different arrays
 ACTION_TOLERANCE = 1e-3  # of the box's width: nearer actions are clipped
 
 

@@ -36,7 +36,10 @@ Row = dict[str, Any]
 
 def rows_of(run: Path) -> list[Row]:
     """The rows of a finished run: one per seed, and one of the data's own figures."""
-    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    try:
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        sys.exit(f"no finished run in {run}: {error}")
     method = {"td3_bst": "TD3-BST", "td3_bc": "TD3+BC"}[result["algorithm"]]
     if result["options"].get("alpha") == 0:
         method = "BC"
@@ -103,6 +106,9 @@ def embedded_table(rows: Sequence[Row]) -> str:
     ]
     for method in METHODS:
         own = [r for r in rows if (r["method"], r["dataset"]) == (method, EMBEDDED)]
+        steps = {r["step"] for r in own}
+        if len(steps) > 1:
+            sys.exit(f"runs.csv has {method} on {EMBEDDED} at several steps: {steps}")
         if own:
             cells = (spread(own, "success", 100), spread(own, "length"), own[0]["step"])
             lines.append(f"| {method} | " + " | ".join(cells) + " |")

@@ -91,8 +91,6 @@ def test_command_runs(line, arrays_file, finished, tmp_path):
     tiny = shlex.split(TINY[script])
     for option in tiny[::2]:
         args = without(args, option)
-    if "--seed" in args and "--morse" not in args:
-        assert args[args.index("--seed") + 1].isdigit()
     if script != "morse.py" or "--dataset" in args:
         args = ["--dataset", str(arrays_file), *without(args, "--dataset")]
     folder = run(script, [*args, *tiny, "--run-dir"], tmp_path)
@@ -110,7 +108,7 @@ def test_snippet_for_your_project_runs():
 
 def test_policy_loader_acts_as_the_jax_policy(tmp_path):
     (snippet,) = [b for b in blocks("python") if "def load_policy" in b]
-    assert len([x for x in snippet.split("def load_policy")[1].splitlines() if x]) <= 11
+    assert len([x for x in snippet.split("def load_policy")[1].splitlines() if x]) <= 12
     scope: dict = {}
     exec(snippet, scope)
     config = td3_bst.Config(hidden_dims=(8, 16))
@@ -127,6 +125,8 @@ def test_policy_loader_acts_as_the_jax_policy(tmp_path):
     )
     acted = scope["load_policy"](tmp_path / "seed7.safetensors")(obs)
     np.testing.assert_allclose(acted, low + (box + 1) / 2 * (high - low), atol=1e-5)
+    assert (acted >= np.float32(low)).all()
+    assert (acted <= np.float32(high)).all()
 
 
 def test_tables_are_those_of_the_results():

@@ -1,6 +1,7 @@
 """The run's folder: what is in it, that nothing is lost, and that resuming is exact."""
 
 import csv
+import importlib.util
 import json
 import random
 import signal
@@ -16,9 +17,12 @@ import minari
 import numpy as np
 import pytest
 from minari.data_collector import EpisodeBuffer
+from safetensors.numpy import load_file
 
+import td3_bc
 import td3_bst
-from common import checkpoint, options, rollout, run
+from common import checkpoint, maze, options, rollout, run
+from common.datasets import EMBEDDED
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -105,6 +109,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_run_leaves_what_it_promises(capsys, tmp_path, pendulum):
+    begin = time.perf_counter()
     folder = train(
         capsys,
         *("--dataset", pendulum, "--num-updates", 40, "--eval-every", 20),
@@ -128,7 +133,10 @@ def test_a_run_leaves_what_it_promises(capsys, tmp_path, pendulum):
     assert result["updates_per_second"] > 0
     for name in ("scores", "success", "wall", "eval_map", "options", "versions"):
         assert name in result
-    assert {"load", "compile", "pretraining", "training"} <= set(result["wall"])
+    stages = {"load", "compile", "pretraining", "training", "evaluation", "writing"}
+    assert set(result["wall"]) == stages
+    assert 0 < sum(result["wall"].values()) <= time.perf_counter() - begin
+    assert result["morse_loss"] == [float(r["morse_loss"]) for r in log[2:]]
     for name in ("config.json", "curves.png", "certainty.png", "checkpoint", "policy"):
         assert (folder / name).exists()
 
@@ -153,6 +161,41 @@ def test_evaluation_off_without_an_environment(capsys, tmp_path, arrays_file):
     assert [r["return"] for r in read_log(folder)] == [""]
 
 
+def test_a_maze_is_scored_by_success(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = maze.ensure(EMBEDDED, 5)
+    monkeypatch.setattr(maze, "ensure", lambda name: folder)
+    # Untrained, the policy stays where it is put: it cannot reach the goal.
+    folder = train(
+        capsys, "--num-updates", 4, "--eval-episodes", 4, "--run-dir", tmp_path / "runs"
+    )
+    result = json.loads((folder / "result.json").read_text())
+    assert result["dataset"] == EMBEDDED
+    assert result["eval_map"] == "metadata"
+    assert result["scores"] == [100 * s for s in result["success"]]
+    assert result["returns"] == result["success"]
+    assert result["data"]["success"] == 1.0
+    assert 0 < result["lengths"][0] <= 400
+
+
+@pytest.mark.parametrize("delay", [1, 3, 7])
+def test_every_update_is_made_once_whatever_the_policy_delay(
+    delay, capsys, tmp_path, arrays_file
+):
+    # 1000 is no multiple of 3 or 7: chunks of 999 and 994.
+    total = 1050
+    folder = train(
+        capsys,
+        *("--dataset", arrays_file, "--num-updates", total, "--policy-delay", delay),
+        *("--eval-every", total, "--run-dir", tmp_path),
+    )
+    (path,) = (folder / "checkpoint").glob(f"step-*{total}.safetensors")
+    arrays, _ = checkpoint.load_arrays(path)
+    counts = {k: int(v[0]) for k, v in arrays.items() if k.endswith(".count")}
+    by_state = {k.split(".")[1].split("[")[0]: v for k, v in counts.items()}
+    assert by_state == {"critic_opt": total, "actor_opt": total // delay}
+
+
 def test_odd_counts_become_multiples_of_the_policy_delay(capsys, tmp_path, arrays_file):
     folder = train(
         capsys,
@@ -175,7 +218,7 @@ def kill_when(process: subprocess.Popen, ready, delay: float) -> None:
 
 
 def test_three_kills_then_resume_is_bit_identical(tmp_path, pendulum):
-    args = ["--dataset", pendulum, "--num-updates", "6000", "--eval-every", "600"]
+    args = ["--dataset", pendulum, "--num-updates", "20000", "--eval-every", "1000"]
     args += ["--eval-episodes", "2", "--num-seeds", "2", *SMALL]
     whole = subprocess.run(
         command(*args, "--run-dir", tmp_path / "whole"),
@@ -195,7 +238,7 @@ def test_three_kills_then_resume_is_bit_identical(tmp_path, pendulum):
         kill_when(
             again,
             lambda before=before: set(folder.glob("checkpoint/step*")) - before,
-            rng.uniform(0, 0.5),
+            rng.uniform(0, 0.3),
         )
     assert not (folder / "result.json").exists(), "the run ended before the last kill"
     subprocess.run(command("--resume", folder), check=True, **quiet)
@@ -216,6 +259,35 @@ def test_an_extended_run_equals_a_long_one(capsys, tmp_path, arrays_file):
     assert (short / "log.csv").read_bytes() == (long / "log.csv").read_bytes()
     assert contents(short / "policy") == contents(long / "policy")
     assert json.loads((short / "result.json").read_text())["step"] == 40
+
+
+def test_a_checkpoint_holds_the_normalisation(capsys, tmp_path, arrays_file):
+    args = ("--dataset", arrays_file, "--num-updates", 10, "--run-dir", tmp_path)
+    folder = train(capsys, *args)
+    (path,) = (folder / "checkpoint").glob("*10.safetensors")
+    arrays, _ = checkpoint.load_arrays(path)
+    policy = load_file(folder / "policy" / "seed0.safetensors")
+    for name in ("obs_mean", "obs_std"):
+        np.testing.assert_array_equal(arrays[f"['{name}']"], policy[name])
+
+
+def test_a_run_resumes_from_anywhere_and_keeps_its_time(
+    capsys, tmp_path, arrays_file, monkeypatch
+):
+    monkeypatch.chdir(arrays_file.parent)
+    args = ("--dataset", arrays_file.name, "--num-updates", 20, "--eval-every", 10)
+    folder = train(capsys, *args, "--run-dir", tmp_path)
+    before = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").unlink()
+    (folder / "checkpoint" / "step-000000020.safetensors").unlink()
+    monkeypatch.chdir(tmp_path)
+    td3_bst.main(["--resume", str(folder)])
+    after = json.loads((folder / "result.json").read_text())
+    assert after["wall"]["pretraining"] == pytest.approx(before["wall"]["pretraining"])
+    assert after["wall"]["training"] > 0
+    assert after["updates_per_second"] > 0
+    stored = json.loads((folder / "config.json").read_text())
+    assert [r["step"] for r in stored["resumed"]] == [10]
 
 
 def test_resuming_refuses_what_would_change_the_run(capsys, tmp_path, arrays_file):
@@ -269,6 +341,16 @@ def test_a_network_fitted_otherwise_is_refused(
     with pytest.raises(UserError, match=message):
         train(capsys, *args, "--morse", first, *change)
     assert list(tmp_path.iterdir()) == [first], "the refused run left a folder"
+
+
+def test_td3_bc_refuses_a_network_before_it_trains(capsys, tmp_path, arrays_file):
+    args = ["--dataset", str(arrays_file), "--num-updates", "10", "--hidden-dims", "8"]
+    with pytest.raises(UserError, match="no Morse network of scale 1 and seed 0"):
+        td3_bc.main([*args, "--morse", "nowhere", "--run-dir", str(tmp_path / "runs")])
+    assert not (tmp_path / "runs").exists()
+    td3_bc.main([*args, "--num-morse-updates", "5", "--run-dir", str(tmp_path)])
+    folder = Path(capsys.readouterr().out.splitlines()[-1])
+    assert (folder / "certainty.png").exists()
 
 
 # ------------------------------------------------------------------------------ policy
@@ -351,6 +433,8 @@ def test_help_is_grouped_and_flags_are_bare():
     ("args", "message"),
     [
         (["--mu", "0.01"], "mu must be at least 0.02, got 0.01"),
+        (["--scale", "inf"], "scale must be finite, got inf"),
+        (["--reward-shift", "nan"], "reward_shift must be finite, got nan"),
         (["--num-updates", "0"], "num_updates must be at least 1, got 0"),
         (["--num-seeds", "0"], "num_seeds must be at least 1, got 0"),
         (["--scale", "-1"], "scale must be above 0, got -1.0"),
@@ -363,8 +447,8 @@ def test_help_is_grouped_and_flags_are_bare():
 def test_user_mistakes_exit_with_two_and_leave_nothing(
     args, message, tmp_path, arrays_file
 ):
-    if args[0] == "--track":
-        pytest.importorskip("json" if not _installed("wandb") else "absent_on_purpose")
+    if args[0] == "--track" and importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
     if args[0] != "--dataset" and args[0] != "--resume":
         args = [*args, "--dataset", str(arrays_file)]
     done = subprocess.run(
@@ -378,14 +462,6 @@ def test_user_mistakes_exit_with_two_and_leave_nothing(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
-
-
-def _installed(package: str) -> bool:
-    try:
-        __import__(package)
-    except ImportError:
-        return False
-    return True
 
 
 def test_new_folders_never_collide(tmp_path):
