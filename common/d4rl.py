@@ -228,8 +228,10 @@ def read(path: Path, source: str, name: str) -> Transitions:
     if name and not ({"timeouts", "next_observations"} & arrays.keys()):
         arrays["timeouts"] = _timeouts_by_length(arrays["terminals"], name)
     rows, keep = _rows(source, arrays)
-    if not name:  # a terminal row is whole without a next observation
-        keep |= rows["terminals"]
+    if not name and "next_observations" not in arrays:  # terminal rows need none
+        ended = rows["terminals"]
+        keep |= ended
+        rows["next_observations"][ended] = rows["observations"][ended]
     if maze:
         keep &= until_success(rows["rewards"], rows["episodes"])
         rows["terminals"] = rows["terminals"] | (rows["rewards"] > 0)
@@ -252,7 +254,6 @@ def _rows(
                 f"none was), so that no transition runs from one episode into the next."
             )
         next_obs = np.concatenate([obs[1:], obs[-1:]])
-        next_obs[terminal] = obs[terminal]  # not the next episode's; never looked at
         keep = ~timeout
         keep[-1:] = False
         ends = terminal | timeout

@@ -471,7 +471,7 @@ class Run:
                 row["success"] = float(result.success[i].mean())
                 row["length"] = float(result.lengths[i].mean())
             row = {k: "" if v != v else v for k, v in row.items()}  # NaN: undefined
-            rows.append(row | metrics[i])
+            rows.append(row | dict(sorted(metrics[i].items())))
         self.rows += rows
         self._write_log(rows)
         self.tracker.send(rows)
@@ -483,7 +483,7 @@ class Run:
         rows = self.rows if new is None else new
         text = io.StringIO()
         if rows:
-            writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+            writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
             if new is None or not path.exists():
                 writer.writeheader()
             writer.writerows(rows)

@@ -361,11 +361,23 @@ def test_other_action_range_is_rescaled(write_minari):
 # --------------------------------------------------------- D4RL and own files
 
 
-def test_d4rl_rows_are_those_of_qlearning_dataset(home):
-    # The time-out at row 4 and the last row are lost; the terminal stays terminal.
+def test_terminal_rows_of_own_arrays_are_kept(home):
+    # Row 5 is the last and terminal, row 4 terminal and timed out: both are whole.
+    ends = np.isin(np.arange(6), (4, 5))
+    arrays = own_arrays(terminals=ends, timeouts=np.arange(6) == 4)
+    data = datasets.load(save(home / "mine.npz", arrays))
+    assert data.reward.tolist() == [0, 1, 2, 3, 4, 5]
+    assert data.terminal.tolist() == [False] * 4 + [True] * 2
+    assert data.next_obs[:, 0].tolist() == [1, 2, 3, 4, 4, 5]
+    assert data.episode.tolist() == [0, 0, 0, 0, 0, 1]
+
+
+def test_rows_of_own_arrays_are_those_of_qlearning_dataset(home):
+    # The time-out at row 4 and the last row are lost; the terminal stays terminal, and
+    # does not look into the next episode.
     data = datasets.load(save(home / "mine.hdf5", own_arrays()))
     assert data.obs[:, 0].tolist() == [0, 1, 2, 3]
-    assert data.next_obs[:, 0].tolist() == [1, 2, 3, 4]
+    assert data.next_obs[:, 0].tolist() == [1, 2, 2, 4]
     assert data.terminal.tolist() == [False, False, True, False]
     assert data.episode.tolist() == [0, 0, 0, 1]
     assert data.why_no_task == "An own file names no environment to evaluate in."
