@@ -186,10 +186,10 @@ class Run:
             UserError: the folder cannot be made, or belongs to another dataset.
         """
         self.algorithm, self.dataset, self.config = algorithm, dataset, config
-        self.options = resolve(options, dataset, getattr(config, "policy_delay", 1))
+        unit = getattr(config, "policy_delay", 1)
+        self.options = resolve(options, dataset, unit)
         self.num_updates = self.options.num_updates or 0
         self.eval_every = self.options.eval_every or 1
-        unit = getattr(config, "policy_delay", 1)
         self.plan = (self.num_updates, self.eval_every, unit)  # for `chunks`
         self.obs_mean, self.obs_std = obs_mean, obs_std
         self.tracker = report.Tracker(self.options.track)
@@ -572,6 +572,13 @@ class Run:
 # ============================================================================ Helpers
 
 
+def _identity(
+    scale: Any, config: Any, dataset: Dataset, obs_mean: np.ndarray
+) -> tuple[Any, Any, str, bool]:
+    """What a network was fitted with, as `save_morse` and `load_morse` take it."""
+    return scale, config, dataset.fingerprint, bool(np.any(obs_mean != 0))
+
+
 def reused_networks(
     options: RunOptions, dataset: Dataset, obs_mean: np.ndarray, scale: Any, config: Any
 ) -> list[Any] | None:
@@ -585,8 +592,7 @@ def reused_networks(
     shape = jax.eval_shape(
         lambda key: init(key, dataset.obs_dim, dataset.action_dim), jax.random.key(0)
     )
-    standardised = bool(np.any(obs_mean != 0))
-    about = (scale, config, dataset.fingerprint, standardised)
+    about = _identity(scale, config, dataset, obs_mean)
     chosen = range(options.seed, options.seed + options.num_seeds)
     return [load_morse(options.morse, seed, shape.params, *about) for seed in chosen]
 
@@ -618,8 +624,7 @@ def fit_morse(
         params, losses = _fitted(job, state, obs, action, np.float32(scale), config)
         print("Morse loss: " + " ".join(f"{x:.3f}" for x in losses), flush=True)
     job.constants["morse_loss"] = losses
-    standardised = bool(np.any(job.obs_mean != 0))
-    about = (scale, config, job.dataset.fingerprint, standardised)
+    about = _identity(scale, config, job.dataset, job.obs_mean)
     for i, seed in enumerate(job.seeds):
         own = jax.tree.map(lambda x, i=i: np.asarray(x)[i], params)
         save_morse(job.folder, seed, own, *about, loss=losses[i])
