@@ -419,7 +419,7 @@ def main(args: list[str] | None = None) -> None:
     options, config = parse("td3_bst", Config(), __doc__ or "", args)
     begin = time.perf_counter()
     seeds.use_cores(options.num_seeds)
-    dataset = datasets.load(options.dataset, options.eval_map)
+    dataset = datasets.load(options.dataset, options.eval_map, options.best_fraction)
     config = resolve(config, dataset.domain, dataset.action_dim)
     data, mean, std = prepare(
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config

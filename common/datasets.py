@@ -1,5 +1,6 @@
 """Every dataset as one kind of arrays: Minari, D4RL, or a file of one's own."""
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Dataset:
         return np.bincount(self.episode)
 
 
-def load(source: str, eval_map: str = "auto") -> Dataset:
+def load(source: str, eval_map: str = "auto", best_fraction: float = 1.0) -> Dataset:
     """Loads a dataset, from the user's cache if it has been read before.
 
     Args:
@@ -81,6 +82,7 @@ def load(source: str, eval_map: str = "auto") -> Dataset:
             `.hdf5` or `.npz` file, or several of them joined by `+`.
         eval_map: which of a Minari dataset's environments to evaluate in:
             "collection", "metadata" or "auto" (see `tasks.choose_task`).
+        best_fraction: see `best`.
 
     Raises:
         UserError: anything that the user has to change, in one sentence.
@@ -92,7 +94,30 @@ def load(source: str, eval_map: str = "auto") -> Dataset:
     if not all(name.strip() for name in names):
         raise UserError(f"--dataset {source!r} names nothing: {EXPECTED}.")
     parts = [_load_one(name.strip(), eval_map) for name in names]
-    return parts[0] if len(parts) == 1 else _join(source, parts)
+    whole = parts[0] if len(parts) == 1 else _join(source, parts)
+    return best(whole, best_fraction)
+
+
+def best(dataset: Dataset, fraction: float) -> Dataset:
+    """The episodes of highest return, in their order in the dataset.
+
+    Args:
+        fraction: of the episodes, in (0, 1], rounded down to at least one; of equal
+            returns the earlier episode is better.
+    """
+    if fraction == 1.0:
+        return dataset
+    returns = dataset.episode_returns
+    count = max(1, int(fraction * len(returns)))
+    chosen = np.argsort(-returns, kind="stable")[:count]
+    keep = np.isin(dataset.episode, chosen)
+    _, episode = np.unique(dataset.episode[keep], return_inverse=True)
+    names = ("obs", "action", "reward", "next_obs", "terminal")
+    arrays = {name: getattr(dataset, name)[keep] for name in names}
+    arrays["episode"] = episode.astype(np.int32)
+    box = dict(action_low=dataset.action_low, action_high=dataset.action_high)
+    digest = fingerprint(Transitions(**arrays, **box, obs_keys=()))
+    return dataclasses.replace(dataset, **arrays, fingerprint=digest)
 
 
 def load_minari_folder(path: Path, name: str, eval_map: str = "auto") -> Dataset:

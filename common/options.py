@@ -20,6 +20,7 @@ class RunOptions:
     """What to train on, for how long, where to write it. Counts are critic updates."""
 
     dataset: str = EMBEDDED  # Minari id, D4RL name, .hdf5 or .npz file; join by +
+    best_fraction: float = 1.0  # of the episodes to train on, best returns first
     seed: int = 0  # the first seed
     num_seeds: int = 1  # train seeds seed, seed + 1, ... side by side
     num_updates: int | None = None  # critic updates; unset: 20000 embedded, else 1M
@@ -39,6 +40,10 @@ class RunOptions:
             _at_least(name, getattr(self, name), 0)
         if self.seed + self.num_seeds > 2**32:
             raise ValueError(f"seeds must be below 2**32, got {self.seed}")
+        if not 0 < self.best_fraction <= 1:
+            raise ValueError(
+                f"best_fraction must lie in (0, 1], got {self.best_fraction}"
+            )
 
 
 def _at_least(name: str, value: int | None, least: int) -> None:

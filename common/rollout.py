@@ -48,11 +48,9 @@ class NumpyPolicy:
 
 def layers_of(actor: Mapping[str, Any]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     """The Dense layers of a flax actor, in order; any leading seed axis is kept."""
-    dense = actor["params"]
-    return tuple(
-        (np.array(dense[f"Dense_{i}"]["kernel"]), np.array(dense[f"Dense_{i}"]["bias"]))
-        for i in range(len(dense))
-    )
+    params = actor["params"]
+    dense = [params[f"Dense_{i}"] for i in range(len(params)) if f"Dense_{i}" in params]
+    return tuple((np.array(x["kernel"]), np.array(x["bias"])) for x in dense)
 
 
 def export(

@@ -1,0 +1,587 @@
+"""IQL, and IQL with the BST policy step, offline, in one file.
+
+Implicit Q-learning fits a value to an upper expectile of the data's own Q, so no
+action outside the data is ever evaluated. `--policy-step awr` then clones the data's
+actions, the better ones harder: IQL as published. `--policy-step bst` (the default)
+takes TD3-BST's policy step instead: it follows Q where a Morse network is certain.
+
+    L_V      = mean[|tau - 1(u < 0)| u^2],  u = min_i Q'_i(s, a) - V(s)
+    y        = r + gamma (1 - terminal) V(s')
+    L_Q      = sum_i mean[(Q_i(s, a) - y)^2]
+    awr      : L_pi = -mean[min(exp(beta u), 100) log pi(a|s)],
+               pi(.|s) = N(tanh(m(s)), diag(sigma^2)), played at its mode
+    bst      : L_pi = mean[omega(s) ||pi(s) - a||^2 - Q_1(s, pi(s)) / Z_Q],
+               omega(s) = exp((1 - M(s, pi(s))) / mu) - 1,  Z_Q = mean |Q_1(s, pi(s))|
+
+Papers Kostrikov, Nair & Levine, ICLR 2022, arXiv 2110.06169 (IQL);
+       Srinivasan & Knottenbelt, IJCAI 2024, arXiv 2404.16399 (the BST step).
+Run    uv run iql_bst.py
+Copy   this file and morse.py; delete `main`. Needs jax, flax, optax, chex.
+Shapes B batch, N transitions, S observation, A action; actions lie in [-1, 1].
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import morse
+
+Params = Any  # a pytree of arrays
+Metrics = dict[str, jax.Array]
+
+
+# ============================================================================ Config
+
+
+@dataclass(frozen=True)
+class Config:
+    """IQL-BST's options. Unset (None) ones take the domain's value, see DEFAULTS."""
+
+    policy_step: Literal["bst", "awr"] = "bst"  # awr: IQL as published
+    expectile: float | None = None  # tau, the value's; unset: by domain
+    beta: float | None = None  # inverse temperature of AWR's weight; unset: by domain
+    weight_clip: float = 100.0  # AWR's largest weight
+    mu: float | None = None  # mu, temperature of omega; unset: by domain
+    scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
+    supervisor_gradient: bool = True  # differentiate through omega as well
+    discount: float | None = None  # gamma, per step; unset: by domain
+    reward_scale: float | None = None  # times the reward; unset: by domain and returns
+    reward_shift: float | None = None  # added after scaling; unset: by domain
+    polyak: float | None = None  # the target critics' step; unset: by domain
+    normalize_obs: bool | None = None  # standardise observations; unset: by domain
+    critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
+    hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor, critics and value
+    actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
+    actor_decay_updates: int | None = (
+        None  # cosine to 0; 0: none; unset: awr's whole run
+    )
+    critic_learning_rate: float = 3e-4  # Adam's step size
+    value_learning_rate: float = 3e-4  # Adam's step size
+    batch_size: int = 256  # B, transitions per update
+    morse_net: morse.Config = morse.Config()
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not np.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+        rates = ("actor_learning_rate", "critic_learning_rate", "value_learning_rate")
+        for name in (*rates, "batch_size", "weight_clip", "scale", "reward_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        for name in ("expectile", "discount", "polyak"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        if self.expectile in (0, 1) or self.polyak == 0:
+            raise ValueError("expectile must lie in (0, 1) and polyak in (0, 1]")
+        if self.mu is not None and not self.mu >= 0.02:
+            raise ValueError(
+                f"mu must be at least 0.02, got {self.mu}: the weight exp(C / mu) - 1 "
+                "and its gradient would overflow float32"
+            )
+        for name in ("beta", "actor_decay_updates"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if not self.hidden_dims or min(self.hidden_dims) < 1:
+            raise ValueError(f"hidden_dims must be positive, got {self.hidden_dims}")
+
+
+LOCOMOTION = {
+    "expectile": 0.7,
+    "beta": 3.0,
+    "mu": 0.1,
+    "discount": 0.99,
+    "reward_scale": 1.0,
+    "reward_shift": 0.0,
+    "polyak": 0.005,
+    "normalize_obs": False,
+    "critic_layer_norm": False,
+}
+MAZE = {"expectile": 0.9, "beta": 10.0}
+POINTMAZE = {"mu": 0.3, "discount": 0.98, "reward_scale": 10.0, "normalize_obs": True}
+DEFAULTS = {  # locomotion, antmaze: IQL's code; mu, pointmaze: results/LOG.md
+    "locomotion": LOCOMOTION,
+    "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
+    "antmaze": LOCOMOTION | MAZE | {"reward_shift": -1.0},
+    "other": LOCOMOTION,  # untested
+}
+
+
+def resolve(
+    config: Config,
+    domain: str,
+    action_dim: int,
+    episode_returns: np.ndarray,
+    num_updates: int,
+) -> Config:
+    """Returns `config` with every unset option at its domain's value.
+
+    Args:
+        episode_returns: (E,); IQL divides locomotion's rewards by their range / 1000.
+        num_updates: of the whole run, over which the actor's learning rate decays.
+    """
+    awr = config.policy_step == "awr"
+    defaults = DEFAULTS[domain] | {"scale": action_dim / 2}
+    defaults["actor_decay_updates"] = num_updates if awr else 0
+    if domain == "locomotion":
+        spread = float(np.ptp(episode_returns))
+        defaults["reward_scale"] = 1000.0 / spread if spread > 0 else 1.0
+        defaults["normalize_obs"] = not awr
+    unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
+    return dataclasses.replace(config, **unset)
+
+
+# ============================================================================= Types
+
+
+class Transition(NamedTuple):
+    """N or B transitions; a time-out is not terminal."""
+
+    obs: jax.Array  # (N, S)
+    action: jax.Array  # (N, A) in [-1, 1]
+    reward: jax.Array  # (N,)
+    next_obs: jax.Array  # (N, S)
+    terminal: jax.Array  # (N,) 1.0 where the task itself ended
+
+
+class Supervisor(NamedTuple):
+    """The frozen Morse network and the temperature; traced: a sweep is one compile."""
+
+    params: Params  # of the perturbation model f
+    scale: jax.Array  # () lam
+    mu: jax.Array  # ()
+
+
+class AgentState(NamedTuple):
+    """Everything that training changes."""
+
+    actor: Params
+    critics: Params  # twin: leading axis 2
+    value: Params
+    target_critics: Params
+    actor_opt: optax.OptState
+    critic_opt: optax.OptState
+    value_opt: optax.OptState
+
+
+# ========================================================================== Networks
+
+
+def dense(x: jax.Array, features: int) -> jax.Array:
+    """A layer initialised as in IQL's code: orthogonal times sqrt(2), zero bias."""
+    return nn.Dense(features, kernel_init=nn.initializers.orthogonal(2**0.5))(x)
+
+
+class Actor(nn.Module):
+    """pi(s): ReLU layers, tanh output; and AWR's log sigma, the same in every state."""
+
+    hidden_dims: tuple[int, ...]
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, obs: jax.Array) -> jax.Array:
+        self.param("log_std", nn.initializers.zeros, (self.action_dim,))
+        x = obs
+        for width in self.hidden_dims:
+            x = nn.relu(dense(x, width))
+        return jnp.tanh(dense(x, self.action_dim))
+
+
+class Critic(nn.Module):
+    """Q(s, a): ReLU layers, layer norm before each ReLU where asked."""
+
+    hidden_dims: tuple[int, ...]
+    layer_norm: bool
+
+    @nn.compact
+    def __call__(self, obs: jax.Array, action: jax.Array) -> jax.Array:
+        x = jnp.concatenate([obs, action], axis=-1)
+        for width in self.hidden_dims:
+            x = dense(x, width)
+            x = nn.relu(nn.LayerNorm()(x) if self.layer_norm else x)
+        return dense(x, 1).squeeze(-1)
+
+
+class Value(nn.Module):
+    """V(s): ReLU layers."""
+
+    hidden_dims: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, obs: jax.Array) -> jax.Array:
+        x = obs
+        for width in self.hidden_dims:
+            x = nn.relu(dense(x, width))
+        return dense(x, 1).squeeze(-1)
+
+
+def policy(actor: Params, obs: jax.Array, config: Config) -> jax.Array:
+    """The deterministic action pi(s), (..., A) in [-1, 1]."""
+    action_dim = actor["params"][f"Dense_{len(config.hidden_dims)}"]["bias"].shape[-1]
+    apply: Any = Actor(config.hidden_dims, action_dim).apply
+    return apply(actor, obs)
+
+
+def q_values(
+    critics: Params, obs: jax.Array, action: jax.Array, config: Config
+) -> jax.Array:
+    """Both critics' Q(s, a), (2, B)."""
+    apply: Any = Critic(config.hidden_dims, bool(config.critic_layer_norm)).apply
+    return jax.vmap(apply, (0, None, None))(critics, obs, action)
+
+
+def state_values(value: Params, obs: jax.Array, config: Config) -> jax.Array:
+    """V(s), (B,)."""
+    apply: Any = Value(config.hidden_dims).apply
+    return apply(value, obs)
+
+
+# ============================================================================ Losses
+
+
+def expectile_loss(difference: jax.Array, expectile: float) -> jax.Array:
+    """|tau - 1(u < 0)| u^2 of each difference u (IQL, eq. 4); tau = .5: half u^2."""
+    weight = jnp.where(difference > 0, expectile, 1.0 - expectile)
+    return weight * jnp.square(difference)
+
+
+def value_loss(
+    value: Params, batch: Transition, q: jax.Array, config: Config
+) -> tuple[jax.Array, Metrics]:
+    """L_V (IQL, eq. 5) of the target critics' smaller Q(s, a), q (B,)."""
+    v = state_values(value, batch.obs, config)
+    chex.assert_equal_shape([q, v])
+    tau: Any = config.expectile
+    loss = expectile_loss(q - v, tau).mean()
+    return loss, {"value_loss": loss, "v": v.mean()}
+
+
+def td_target(agent: AgentState, batch: Transition, config: Config) -> jax.Array:
+    """y (B,): one step and the value behind it (IQL, eq. 6)."""
+    next_v = state_values(agent.value, batch.next_obs, config)
+    return batch.reward + config.discount * (1.0 - batch.terminal) * next_v
+
+
+def critic_loss(
+    critics: Params, batch: Transition, target: jax.Array, config: Config
+) -> tuple[jax.Array, Metrics]:
+    """L_Q: the squared TD errors, mean over the batch, summed over the twins."""
+    q = q_values(critics, batch.obs, batch.action, config)
+    chex.assert_equal_shape([q[0], target])
+    loss = jnp.square(q - target[None]).mean(axis=1).sum()
+    return loss, {"critic_loss": loss, "q_data": q[0].mean()}
+
+
+def awr_weight(
+    agent: AgentState, batch: Transition, config: Config
+) -> tuple[jax.Array, jax.Array]:
+    """min(exp(beta u), clip) (B,) and the advantage u = min_i Q'_i - V (B,)."""
+    q = q_values(agent.target_critics, batch.obs, batch.action, config).min(axis=0)
+    advantage = q - state_values(agent.value, batch.obs, config)
+    return jnp.minimum(jnp.exp(config.beta * advantage), config.weight_clip), advantage
+
+
+def awr_loss(
+    actor: Params, weight: jax.Array, batch: Transition, config: Config
+) -> tuple[jax.Array, Metrics]:
+    """L_pi of AWR (IQL, eq. 7): the data's log-likelihood, weighted by weight (B,)."""
+    mode = policy(actor, batch.obs, config)
+    chex.assert_equal_shape([mode, batch.action])
+    log_std = jnp.clip(actor["params"]["log_std"], -5.0, 2.0)[None]  # as IQL's code
+    error = (batch.action - mode) / jnp.exp(log_std)
+    log_density = -0.5 * (jnp.square(error) + jnp.log(2 * jnp.pi)) - log_std
+    loss = -(weight * log_density.sum(axis=-1)).mean()
+    return loss, {
+        "actor_loss": loss,
+        "distance": jnp.square(mode - batch.action).sum(axis=-1).mean(),
+        "std": jnp.exp(log_std).mean(),
+    }
+
+
+def supervisor(
+    bst: Supervisor, obs: jax.Array, action: jax.Array, config: Config
+) -> tuple[jax.Array, jax.Array]:
+    """The weight omega (B,) in [0, e^(1/mu) - 1] and the uncertainty C (B,)."""
+    uncertainty = morse.uncertainty(
+        bst.params, obs, action, bst.scale, config.morse_net
+    )
+    return jnp.expm1(uncertainty / bst.mu), uncertainty
+
+
+def actor_loss(
+    actor: Params, critics: Params, bst: Supervisor, batch: Transition, config: Config
+) -> tuple[jax.Array, Metrics]:
+    """L_pi: Q_1 / Z_Q against omega times the squared distance to the data's action."""
+    action = policy(actor, batch.obs, config)
+    chex.assert_equal_shape([action, batch.action])
+    q = q_values(critics, batch.obs, action, config)[0]
+    z_q = jax.lax.stop_gradient(jnp.abs(q).mean())
+    judged = action if config.supervisor_gradient else jax.lax.stop_gradient(action)
+    omega, uncertainty = supervisor(bst, batch.obs, judged, config)
+    distance = jnp.square(action - batch.action).sum(axis=-1)  # (B,)
+    loss = (omega * distance).mean() - q.mean() / z_q
+    return loss, {
+        "actor_loss": loss,
+        "q": q.mean(),
+        "distance": distance.mean(),
+        "certainty": 1.0 - uncertainty.mean(),
+        "omega": omega.mean(),
+        "omega_max": omega.max(),
+    }
+
+
+# =========================================================================== Updates
+
+
+def optimizers(
+    config: Config,
+) -> tuple[
+    optax.GradientTransformation,
+    optax.GradientTransformation,
+    optax.GradientTransformation,
+]:
+    """Adam for the actor (its step size a cosine to 0, if asked), critics and value."""
+    rate: Any = config.actor_learning_rate
+    if config.actor_decay_updates:
+        rate = optax.cosine_decay_schedule(rate, config.actor_decay_updates)
+    critics, value = config.critic_learning_rate, config.value_learning_rate
+    return optax.adam(rate), optax.adam(critics), optax.adam(value)
+
+
+def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> AgentState:
+    """Fresh networks; the targets are copies, so the state can be donated."""
+    key_actor, key_critics, key_value = jax.random.split(key, 3)
+    obs, action = jnp.zeros((1, obs_dim)), jnp.zeros((1, action_dim))
+    actor = Actor(config.hidden_dims, action_dim).init(key_actor, obs)
+    critic = Critic(config.hidden_dims, bool(config.critic_layer_norm))
+    keys = jax.random.split(key_critics, 2)
+    critics = jax.vmap(critic.init, (0, None, None))(keys, obs, action)
+    value = Value(config.hidden_dims).init(key_value, obs)
+    adam_actor, adam_critics, adam_value = optimizers(config)
+    return AgentState(
+        actor=actor,
+        critics=critics,
+        value=value,
+        target_critics=jax.tree.map(jnp.copy, critics),
+        actor_opt=adam_actor.init(actor),
+        critic_opt=adam_critics.init(critics),
+        value_opt=adam_value.init(value),
+    )
+
+
+def follow(targets: Params, parameters: Params, config: Config) -> Params:
+    """The targets, one polyak step closer to the new parameters."""
+    tau: Any = config.polyak
+    return optax.incremental_update(parameters, targets, tau)
+
+
+def update_value(
+    agent: AgentState, batch: Transition, config: Config
+) -> tuple[AgentState, Metrics]:
+    """One Adam step of the value."""
+    q = q_values(agent.target_critics, batch.obs, batch.action, config).min(axis=0)
+    grad, metrics = jax.grad(value_loss, has_aux=True)(agent.value, batch, q, config)
+    _, _, adam = optimizers(config)
+    step, value_opt = adam.update(grad, agent.value_opt)
+    value = optax.apply_updates(agent.value, step)
+    metrics["value_grad_norm"] = optax.tree.norm(grad)
+    return agent._replace(value=value, value_opt=value_opt), metrics
+
+
+def update_actor(
+    agent: AgentState, bst: Supervisor, batch: Transition, config: Config
+) -> tuple[AgentState, Metrics]:
+    """One Adam step of the actor, by AWR or by TD3-BST's objective."""
+    if config.policy_step == "awr":
+        weight, advantage = awr_weight(agent, batch, config)
+        grad, metrics = jax.grad(awr_loss, has_aux=True)(
+            agent.actor, weight, batch, config
+        )
+        metrics |= {"weight": weight.mean(), "advantage": advantage.mean()}
+    else:
+        grad, metrics = jax.grad(actor_loss, has_aux=True)(
+            agent.actor, agent.critics, bst, batch, config
+        )
+    adam, _, _ = optimizers(config)
+    step, actor_opt = adam.update(grad, agent.actor_opt)
+    actor = optax.apply_updates(agent.actor, step)
+    metrics["actor_grad_norm"] = optax.tree.norm(grad)
+    return agent._replace(actor=actor, actor_opt=actor_opt), metrics
+
+
+def update_critics(
+    agent: AgentState, batch: Transition, config: Config
+) -> tuple[AgentState, Metrics]:
+    """One Adam step of the twin critics, then their targets follow."""
+    target = td_target(agent, batch, config)
+    grad, metrics = jax.grad(critic_loss, has_aux=True)(
+        agent.critics, batch, target, config
+    )
+    _, adam, _ = optimizers(config)
+    step, critic_opt = adam.update(grad, agent.critic_opt)
+    critics = optax.apply_updates(agent.critics, step)
+    metrics["critic_grad_norm"] = optax.tree.norm(grad)
+    return agent._replace(
+        critics=critics,
+        critic_opt=critic_opt,
+        target_critics=follow(agent.target_critics, critics, config),
+    ), metrics
+
+
+def sample(data: Transition, key: jax.Array, batch_size: int) -> Transition:
+    """A uniform batch, with replacement."""
+    index = jax.random.randint(key, (batch_size,), 0, data.reward.shape[0])
+    return jax.tree.map(lambda x: x[index], data)
+
+
+def update(
+    agent: AgentState,
+    bst: Supervisor,
+    data: Transition,
+    key: jax.Array,
+    step: jax.Array,
+    config: Config,
+) -> tuple[AgentState, Metrics]:
+    """Value, actor and critics on one batch, in the order of IQL's code.
+
+    Update t draws its batch from fold_in(key, t), t = step.
+    """
+    batch = sample(data, jax.random.fold_in(key, step), config.batch_size)
+    agent, value_metrics = update_value(agent, batch, config)
+    agent, actor_metrics = update_actor(agent, bst, batch, config)
+    agent, critic_metrics = update_critics(agent, batch, config)
+    return agent, value_metrics | actor_metrics | critic_metrics
+
+
+# ============================================================================= Train
+
+
+def prepare(
+    data: Transition, config: Config
+) -> tuple[Transition, np.ndarray, np.ndarray]:
+    """Standardises observations, transforms rewards; numpy in, numpy out.
+
+    Returns:
+        The float32 transitions to train on, and `mean` and `std` (S,) such that the
+        policy's input is (obs - mean) / std. `std` includes TD3+BC's epsilon of 1e-3.
+    """
+    obs = np.asarray(data.obs, np.float32)
+    mean, std = np.zeros_like(obs[0]), np.ones_like(obs[0])
+    if config.normalize_obs:
+        mean = obs.mean(axis=0, dtype=np.float64).astype(np.float32)
+        std = (obs.std(axis=0, dtype=np.float64) + 1e-3).astype(np.float32)
+    reward = config.reward_scale * np.asarray(data.reward, np.float32)
+    reward = (config.reward_shift + reward).astype(np.float32)
+    next_obs = (np.asarray(data.next_obs, np.float32) - mean) / std
+    action = np.asarray(data.action, np.float32)
+    terminal = np.asarray(data.terminal, np.float32)
+    arrays = ((obs - mean) / std, action, reward, next_obs, terminal)
+    return Transition._make(arrays), mean, std
+
+
+def train(
+    agent: AgentState,
+    bst: Supervisor,
+    data: Transition,
+    key: jax.Array,
+    start: jax.Array,
+    num_updates: int,
+    config: Config,
+) -> tuple[AgentState, Metrics]:
+    """`num_updates` updates, counted from `start`, fused in one scan.
+
+    The key of update t is fold_in(key, t), so two calls of n equal one of 2n.
+
+    Args:
+        start: () updates done so far. num_updates: static.
+    Returns:
+        The new state; metrics, their mean over the scan (`omega_max`: the largest).
+    """
+    agent, metrics = jax.lax.scan(
+        lambda agent, step: update(agent, bst, data, key, step, config),
+        agent,
+        start + jnp.arange(num_updates),
+    )
+    largest = {k: v.max() for k, v in metrics.items() if k == "omega_max"}
+    return agent, jax.tree.map(jnp.mean, metrics) | largest
+
+
+# ============================================================================== Main
+
+
+def main(args: list[str] | None = None) -> None:
+    """Loads, pretrains, trains, evaluates and writes; see `--help`."""
+    from common import datasets, run, seeds
+    from common.errors import UserError
+    from common.options import parse
+    from common.options import resolve as resolve_options
+
+    options, config = parse("iql_bst", Config(), __doc__ or "", args)
+    begin = time.perf_counter()
+    seeds.use_cores(options.num_seeds)
+    dataset = datasets.load(options.dataset, options.eval_map, options.best_fraction)
+    options = resolve_options(options, dataset, policy_delay=1)
+    total, returns = options.num_updates or 0, dataset.episode_returns
+    config = resolve(config, dataset.domain, dataset.action_dim, returns, total)
+    if 0 < (config.actor_decay_updates or 0) < total:
+        raise UserError(
+            f"the actor's learning rate ends at {config.actor_decay_updates} updates, "
+            f"--num-updates is {total}; a longer run must begin anew"
+        )
+    data, mean, std = prepare(
+        Transition(*(getattr(dataset, name) for name in Transition._fields)), config
+    )
+    if (config.mu or 1) < 0.025:
+        print("warning: with mu below 0.025 Adam's squared gradients overflow float32")
+    lam, net = config.scale, config.morse_net
+    reused = run.reused_networks(options, dataset, mean, lam, net)
+    job = run.Run("iql_bst", options, config, dataset, mean, std)
+    job.wall["load"] = time.perf_counter() - begin
+    data = job.place(data)
+
+    dims = {"obs_dim": dataset.obs_dim, "action_dim": dataset.action_dim}
+    agent = job.map(partial(init, **dims, config=config), True)(job.keys(0))
+    morse_state = job.map(partial(morse.init, **dims, config=net), True)(job.keys(3))
+    step, restored = 0, job.restore((agent, morse_state.params))
+    if restored is None:
+        pairs = (data.obs, data.action)
+        params = run.fit_morse(job, morse_state, *pairs, lam, net, reused)
+        job.checkpoint(0, (agent, params), agent.actor)
+    else:
+        (agent, params), step = restored
+        job.evaluate_again(step, agent.actor)
+
+    shape = (len(job.lanes),)
+    scale, mu = np.full(shape, config.scale), np.full(shape, config.mu)
+    bst = Supervisor(params, *job.split((np.float32(scale), np.float32(mu))))
+    program = job.chunked(partial(train, config=config), True, True, False, True, False)
+    keys = job.keys(2)
+    for start, length in job.chunks(
+        "IQL-BST" if config.policy_step == "bst" else "IQL", step, *job.plan
+    ):
+        with job.timed("training"):
+            agent, metrics = program(length, agent, bst, data, keys, np.int32(start))
+            job.record(metrics, length)
+        if job.due(start + length):
+            job.checkpoint(start + length, (agent, params), agent.actor)
+
+    first = jax.tree.map(lambda x: np.asarray(x)[0], params)
+    density = partial(morse.certainty, first, scale=scale[0], config=net)
+    job.finish(agent.actor, density)
+
+
+if __name__ == "__main__":
+    from common.run import guarded
+
+    guarded(main)
