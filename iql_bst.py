@@ -61,9 +61,7 @@ class Config:
     critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor, critics and value
     actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
-    actor_decay_updates: int | None = (
-        None  # cosine to 0; 0: none; unset: awr's whole run
-    )
+    actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: awr, all
     critic_learning_rate: float = 3e-4  # Adam's step size
     value_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
@@ -108,8 +106,8 @@ LOCOMOTION = {
     "normalize_obs": False,
     "critic_layer_norm": False,
 }
-MAZE = {"expectile": 0.9, "beta": 10.0}
 POINTMAZE = {"mu": 0.3, "discount": 0.98, "reward_scale": 10.0, "normalize_obs": True}
+MAZE = {"expectile": 0.9, "beta": 10.0}
 DEFAULTS = {  # locomotion, antmaze: IQL's code; mu, pointmaze: results/LOG.md
     "locomotion": LOCOMOTION,
     "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
@@ -250,6 +248,16 @@ def state_values(value: Params, obs: jax.Array, config: Config) -> jax.Array:
 # ============================================================================ Losses
 
 
+def supervisor(
+    bst: Supervisor, obs: jax.Array, action: jax.Array, config: Config
+) -> tuple[jax.Array, jax.Array]:
+    """The weight omega (B,) in [0, e^(1/mu) - 1] and the uncertainty C (B,)."""
+    uncertainty = morse.uncertainty(
+        bst.params, obs, action, bst.scale, config.morse_net
+    )
+    return jnp.expm1(uncertainty / bst.mu), uncertainty
+
+
 def expectile_loss(difference: jax.Array, expectile: float) -> jax.Array:
     """|tau - 1(u < 0)| u^2 of each difference u (IQL, eq. 4); tau = .5: half u^2."""
     weight = jnp.where(difference > 0, expectile, 1.0 - expectile)
@@ -307,16 +315,6 @@ def awr_loss(
         "distance": jnp.square(mode - batch.action).sum(axis=-1).mean(),
         "std": jnp.exp(log_std).mean(),
     }
-
-
-def supervisor(
-    bst: Supervisor, obs: jax.Array, action: jax.Array, config: Config
-) -> tuple[jax.Array, jax.Array]:
-    """The weight omega (B,) in [0, e^(1/mu) - 1] and the uncertainty C (B,)."""
-    uncertainty = morse.uncertainty(
-        bst.params, obs, action, bst.scale, config.morse_net
-    )
-    return jnp.expm1(uncertainty / bst.mu), uncertainty
 
 
 def actor_loss(
@@ -380,12 +378,6 @@ def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> Agent
     )
 
 
-def follow(targets: Params, parameters: Params, config: Config) -> Params:
-    """The targets, one polyak step closer to the new parameters."""
-    tau: Any = config.polyak
-    return optax.incremental_update(parameters, targets, tau)
-
-
 def update_value(
     agent: AgentState, batch: Transition, config: Config
 ) -> tuple[AgentState, Metrics]:
@@ -397,6 +389,31 @@ def update_value(
     value = optax.apply_updates(agent.value, step)
     metrics["value_grad_norm"] = optax.tree.norm(grad)
     return agent._replace(value=value, value_opt=value_opt), metrics
+
+
+def update_critics(
+    agent: AgentState, batch: Transition, config: Config
+) -> tuple[AgentState, Metrics]:
+    """One Adam step of the twin critics, then their targets follow."""
+    target = td_target(agent, batch, config)
+    grad, metrics = jax.grad(critic_loss, has_aux=True)(
+        agent.critics, batch, target, config
+    )
+    _, adam, _ = optimizers(config)
+    step, critic_opt = adam.update(grad, agent.critic_opt)
+    critics = optax.apply_updates(agent.critics, step)
+    metrics["critic_grad_norm"] = optax.tree.norm(grad)
+    return agent._replace(
+        critics=critics,
+        critic_opt=critic_opt,
+        target_critics=follow(agent.target_critics, critics, config),
+    ), metrics
+
+
+def follow(targets: Params, parameters: Params, config: Config) -> Params:
+    """The targets, one polyak step closer to the new parameters."""
+    tau: Any = config.polyak
+    return optax.incremental_update(parameters, targets, tau)
 
 
 def update_actor(
@@ -418,25 +435,6 @@ def update_actor(
     actor = optax.apply_updates(agent.actor, step)
     metrics["actor_grad_norm"] = optax.tree.norm(grad)
     return agent._replace(actor=actor, actor_opt=actor_opt), metrics
-
-
-def update_critics(
-    agent: AgentState, batch: Transition, config: Config
-) -> tuple[AgentState, Metrics]:
-    """One Adam step of the twin critics, then their targets follow."""
-    target = td_target(agent, batch, config)
-    grad, metrics = jax.grad(critic_loss, has_aux=True)(
-        agent.critics, batch, target, config
-    )
-    _, adam, _ = optimizers(config)
-    step, critic_opt = adam.update(grad, agent.critic_opt)
-    critics = optax.apply_updates(agent.critics, step)
-    metrics["critic_grad_norm"] = optax.tree.norm(grad)
-    return agent._replace(
-        critics=critics,
-        critic_opt=critic_opt,
-        target_critics=follow(agent.target_critics, critics, config),
-    ), metrics
 
 
 def sample(data: Transition, key: jax.Array, batch_size: int) -> Transition:

@@ -29,7 +29,7 @@ COLUMNS: tuple[str, ...] = (
     "episodes",
     "commit",
 )
-METHODS = ("data", "BC", "TD3+BC", "TD3-BST")
+METHODS = ("data", "BC", "10 % BC", "TD3+BC", "TD3-BST", "IQL", "IQL-BST")
 EMBEDDED = "td3-bst/pointmaze/zigzag-v0"
 Row = dict[str, Any]
 
@@ -40,9 +40,7 @@ def rows_of(run: Path) -> list[Row]:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     except OSError as error:
         sys.exit(f"no finished run in {run}: {error}")
-    method = {"td3_bst": "TD3-BST", "td3_bc": "TD3+BC"}[result["algorithm"]]
-    if result["options"].get("alpha") == 0:
-        method = "BC"
+    method = method_of(result["algorithm"], result["options"])
     shared = {"dataset": result["dataset"], "commit": result["commit"] or ""}
     shared |= {"step": result["step"], "episodes": result["eval_episodes"]}
     rows = [
@@ -55,9 +53,21 @@ def rows_of(run: Path) -> list[Row]:
             dict(zip(("return", "score", "success", "length"), values, strict=True))
         ]
     ]
-    rows.append({"method": "data", "seed": "", **shared, **result["data"]})
-    rows[-1] |= {"step": "", "episodes": ""}
+    if result["options"].get("best_fraction", 1) == 1:
+        rows.append({"method": "data", "seed": "", **shared, **result["data"]})
+        rows[-1] |= {"step": "", "episodes": ""}
     return [{c: _cell(row.get(c)) for c in COLUMNS} for row in rows]
+
+
+def method_of(algorithm: str, options: dict[str, Any]) -> str:
+    """The tables' name of what a run trained."""
+    method = {"td3_bst": "TD3-BST", "td3_bc": "TD3+BC", "iql_bst": "IQL-BST"}[algorithm]
+    if options.get("policy_step") == "awr":
+        method = "IQL"
+    if options.get("alpha") == 0:
+        method = "BC"
+    fraction = options.get("best_fraction", 1)
+    return method if fraction == 1 else f"{100 * fraction:g} % {method}"
 
 
 def _cell(value: object) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["td3_bc.py", "td3_bst.py"]  # one algorithm each
+SCRIPTS = ["iql_bst.py", "td3_bc.py", "td3_bst.py"]  # one algorithm each
 OUTSIDE = {"common", "tyro"}  # what only `main` may use
 ALGORITHM = {"chex", "flax", "jax", "morse", "numpy", "optax"}
 

@@ -978,3 +978,38 @@ def test_cached_million_is_quick(home):
     start = time.perf_counter()
     assert datasets.load(path).num_transitions == 999_999
     assert time.perf_counter() - start < 2.0
+
+
+# ---------------------------------------------------------------------- best episodes
+
+
+def test_best_keeps_whole_episodes_of_highest_return(tmp_path: Path):
+    # Episodes of 3 rows with returns 6, 9, 6, 0 and 3.
+    path = tmp_path / "own.npz"
+    each = np.repeat([2.0, 3.0, 2.0, 0.0, 1.0], 3)
+    obs = np.arange(15.0)[:, None]
+    np.savez(
+        path,
+        observations=obs,
+        next_observations=obs + 0.5,
+        actions=np.linspace(-1, 1, 15)[:, None],
+        rewards=each,
+        terminals=np.zeros(15, bool),
+        timeouts=np.arange(15) % 3 == 2,
+    )
+    whole = datasets.load(str(path))
+    assert whole.episode_returns.tolist() == [6, 9, 6, 0, 3]
+    two = datasets.load(str(path), best_fraction=0.4)
+    assert two.obs[:, 0].tolist() == [0, 1, 2, 3, 4, 5]  # the earlier of the two sixes
+    three = datasets.best(whole, 0.6)
+    rows = [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    for name in ("obs", "action", "reward", "next_obs", "terminal"):
+        np.testing.assert_array_equal(getattr(three, name), getattr(whole, name)[rows])
+    four = datasets.best(whole, 0.8)  # all but the fourth
+    assert four.episode.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert four.episode.dtype == np.int32
+    assert four.obs[-1, 0] == 14
+    assert datasets.best(whole, 0.01).obs[:, 0].tolist() == [3, 4, 5]  # at least one
+    assert datasets.best(whole, 1.0) is whole
+    prints = {d.fingerprint for d in (whole, two, three, four)}
+    assert len(prints) == 4

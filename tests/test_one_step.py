@@ -235,8 +235,9 @@ def test_iql_actor_step(iql):
         density = np.exp(-0.5 * error**2) / (sigma * math.sqrt(2 * math.pi))
         return float(-np.mean(weight * np.log(density.prod(axis=1))))
 
-    stepped, metrics = jax.jit(partial(iql_bst.update_actor, bst=None, config=IQL))(
-        agent, batch=batch
+    nobody: Any = None  # no supervisor
+    stepped, metrics = jax.jit(partial(iql_bst.update_actor, config=IQL))(
+        agent, nobody, batch
     )
     rate = 0.1 * (1 + math.cos(0.4 * math.pi)) / 2
     actor, opt = reference.actor, agent.actor_opt

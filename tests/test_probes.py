@@ -1,13 +1,17 @@
 """Tiny datasets with known answers: four vmapped seeds, their median judged."""
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import iql_bst
 import morse
+import td3_bc
 import td3_bst
 from td3_bst import Config, Params, Supervisor, Transition
 
@@ -177,3 +181,181 @@ def test_a_better_action_outside_the_data(keys: jax.Array):
     certainty = np.median(certainty_of(morse_params, POINTS, outside, scale), axis=0)
     assert certainty.max() < 0.01
     np.testing.assert_array_equal(metrics["omega_max"], np.zeros(4))
+
+
+# ============================================================================= TD3+BC
+
+TD3_BC = td3_bc.Config(
+    **{
+        field.name: getattr(PROBE, field.name)
+        for field in dataclasses.fields(td3_bc.Config)
+        if field.name != "alpha"
+    }
+)
+
+
+@partial(jax.jit, static_argnames=("num_updates", "config"))
+def train_td3_bc(keys, data: Any, config: td3_bc.Config, num_updates=2000):
+    """As `train`, from the same keys."""
+
+    def one_seed(key):
+        key_init, key_train = jax.random.split(key)
+        agent = td3_bc.init(key_init, 1, 1, config)
+        start = jnp.int32(0)
+        return td3_bc.train(agent, data, key_train, start, num_updates, config)
+
+    return jax.vmap(one_seed)(keys)
+
+
+@pytest.mark.parametrize(("alpha", "best"), [(0.0, 0.0), (0.5, 0.207)])
+def test_td3_bc_weighs_q_against_the_data(keys: jax.Array, alpha: float, best: float):
+    # Actions N(0, .1^2), r = 1 + a, so with Q = 1 + pi and Z_Q its mean the loss is
+    # least where 2 pi = alpha / (1 + pi): at (sqrt(1 + 2 alpha) - 1) / 2.
+    action = np.random.default_rng(4).normal(0, 0.1, NUM)
+    data = transitions(action, reward=1 + action)
+    agent, _ = train_td3_bc(keys, data, dataclasses.replace(TD3_BC, alpha=alpha))
+    chosen = np.median(actions_of(agent, POINTS), axis=0)
+    assert chosen == pytest.approx(np.full(7, best), abs=0.04)
+
+
+def nowhere_certain(keys: jax.Array) -> Params:
+    """Morse networks with f(s, a) = 1000, so that M = exp(-5e5 lam^2) = 0."""
+
+    def one_seed(key):
+        params = morse.init(key, 1, 1, PROBE.morse_net).params
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros["Dense_2"]["bias"] += 1000.0
+        return zeros
+
+    return jax.vmap(one_seed)(keys)
+
+
+def test_certain_nowhere_is_td3_bc(keys: jax.Array):
+    # omega = e^(1 / mu) - 1 = w everywhere: L = w ||pi - a||^2 - Q / Z_Q is w times
+    # TD3+BC's with alpha = 1 / w (A = 1), and Adam does not see a factor.
+    data = random_bandit()
+    mu = 1.0
+    config = dataclasses.replace(TD3_BC, alpha=float(1 / np.expm1(1 / mu)))
+    args = (keys, data, nowhere_certain(keys), f32(1.0), f32(mu))
+    bst, metrics = train(*args, num_updates=200)
+    bc, _ = train_td3_bc(keys, data, config, num_updates=200)
+    assert metrics["certainty"] == pytest.approx(np.zeros(4), abs=1e-6)
+    np.testing.assert_allclose(
+        actions_of(bst, POINTS), actions_of(bc, POINTS), atol=1e-3
+    )
+    assert np.ptp(actions_of(bst, POINTS), axis=0).min() > 1e-3  # seeds are not alike
+
+
+def test_certain_everywhere_is_td3_with_any_amount_of_q(keys: jax.Array, unfitted):
+    # omega = 0 leaves -Q / Z_Q: TD3, and TD3+BC in the limit of a large alpha.
+    data = random_bandit()
+    bst, metrics = train(keys, data, unfitted, NO_PULL, MU, num_updates=200)
+    config = dataclasses.replace(TD3_BC, alpha=1e5)
+    bc, _ = train_td3_bc(keys, data, config, num_updates=200)
+    np.testing.assert_array_equal(metrics["omega"], np.zeros(4))
+    np.testing.assert_allclose(
+        actions_of(bst, POINTS), actions_of(bc, POINTS), atol=1e-3
+    )
+
+
+def random_bandit() -> Transition:
+    rng = np.random.default_rng(6)
+    return transitions(rng.uniform(-0.5, 0.5, NUM), reward=rng.normal(0, 1, NUM))
+
+
+# ================================================================================ IQL
+
+IQL = iql_bst.Config(
+    expectile=0.7,
+    beta=3.0,
+    mu=0.5,
+    discount=0.9,
+    polyak=0.1,
+    critic_layer_norm=False,
+    hidden_dims=(32, 32),
+    actor_learning_rate=1e-3,
+    actor_decay_updates=0,
+    critic_learning_rate=3e-3,
+    value_learning_rate=3e-3,
+    batch_size=64,
+    morse_net=PROBE.morse_net,
+)
+AWR = dataclasses.replace(IQL, policy_step="awr")
+
+
+@partial(jax.jit, static_argnames=("num_updates", "config"))
+def train_iql(keys, data: Any, morse_params, config: iql_bst.Config, num_updates=2000):
+    def one_seed(key, params):
+        key_init, key_train = jax.random.split(key)
+        agent = iql_bst.init(key_init, 1, 1, config)
+        bst = iql_bst.Supervisor(params, f32(2.0), f32(config.mu))
+        start = jnp.int32(0)
+        return iql_bst.train(agent, bst, data, key_train, start, num_updates, config)
+
+    return jax.vmap(one_seed)(keys, morse_params)
+
+
+@jax.jit
+def values_of(agent, obs):
+    """Each seed's V(s), (seed, B)."""
+    value = partial(iql_bst.state_values, config=IQL)
+    return jax.vmap(value, (0, None))(agent.value, obs)
+
+
+ORIGIN = jnp.zeros((1, 1))  # the bandits' only observation
+
+
+def two_actions(share: float) -> Transition:
+    """A bandit: a = .5 pays 1 and has this share of the data, a = -.5 pays 0."""
+    better = np.random.default_rng(7).permutation(NUM) < share * NUM
+    action = np.where(better, 0.5, -0.5)
+    action = action + np.random.default_rng(8).normal(0, 0.1, NUM)
+    return transitions(action, reward=better * 1.0, obs=0.0)
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.9, 0.99])
+def test_the_value_goes_to_the_best_action_as_tau_goes_to_one(
+    keys: jax.Array, unfitted: Params, tau: float
+):
+    # Least p tau (1 - v)^2 + (1 - p) (1 - tau) v^2, p = .25 the better action's share:
+    # v = p tau / (p tau + (1 - p) (1 - tau)) = .25, .75, .971: to 1, not the mean.
+    config = dataclasses.replace(AWR, expectile=tau)
+    agent, _ = train_iql(keys, two_actions(0.25), unfitted, config)
+    expected = 0.25 * tau / (0.25 * tau + 0.75 * (1 - tau))
+    value = np.median(values_of(agent, ORIGIN))
+    assert value == pytest.approx(expected, abs=0.04)
+
+
+@pytest.mark.parametrize(("beta", "mode"), [(0.0, -0.25), (1.0, -0.025), (10.0, 0.5)])
+def test_awr_with_a_large_beta_picks_the_better_action(
+    keys: jax.Array, unfitted: Params, beta: float, mode: float
+):
+    # The likeliest Gaussian has the weighted mean of a: the weights' ratio is e^beta to
+    # 1, so .5 (.25 e^beta - .75) / (.25 e^beta + .75); beta = 0 clones the mean. (With
+    # beta = 10 the weight of the better one is e^(10 (1 - v)), v = .4375, clipped.)
+    config = dataclasses.replace(AWR, beta=beta)
+    agent, metrics = train_iql(keys, two_actions(0.25), unfitted, config)
+    assert np.median(actions_of(agent, ORIGIN)) == pytest.approx(mode, abs=0.05)
+    if beta == 0:
+        assert metrics["weight"] == pytest.approx(np.ones(4), abs=1e-6)
+
+
+def test_iql_bst_picks_the_better_mode(keys: jax.Array):
+    # As above, half of the data each: Q alone chooses, and M keeps it to the data.
+    data, scale = two_actions(0.5), f32(2.0)
+    morse_params = fit_morse(keys, data, scale)
+    agent, _ = train_iql(keys, data, morse_params, IQL)
+    action = actions_of(agent, ORIGIN)
+    assert np.median(action) == pytest.approx(0.5, abs=0.2)
+    assert np.median(certainty_of(morse_params, ORIGIN, action, scale)) > 0.8
+
+
+def test_iql_never_asks_for_the_value_of_an_action_that_is_not_in_the_data(
+    keys: jax.Array, unfitted: Params
+):
+    # r = 1 for ever is worth 1 / (1 - .9) = 10 whatever the actor does, even where
+    # omega = 0 and it leaves the data for good.
+    data = transitions(UNIFORM * 0.1, reward=1.0, terminal=0.0)
+    agent, _ = train_iql(keys, data, unfitted, IQL)
+    value = np.median(values_of(agent, POINTS), axis=0)
+    assert value == pytest.approx(np.full(7, 10.0), rel=0.03)

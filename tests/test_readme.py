@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = {  # small counts, appended to the scripts' own options
     "td3_bst.py": "--num-updates 4 --eval-every 4 --num-morse-updates 2 --num-seeds 1",
+    "iql_bst.py": "--num-updates 4 --eval-every 4 --num-morse-updates 2 --num-seeds 1",
     "td3_bc.py": "--num-updates 4 --eval-every 4 --num-seeds 1",
     "morse.py": "--num-morse-updates 2",
 }

@@ -19,9 +19,10 @@ import pytest
 from minari.data_collector import EpisodeBuffer
 from safetensors.numpy import load_file
 
+import iql_bst
 import td3_bc
 import td3_bst
-from common import checkpoint, maze, options, rollout, run
+from common import checkpoint, datasets, maze, options, rollout, run
 from common.datasets import EMBEDDED
 from common.errors import UserError
 
@@ -261,6 +262,63 @@ def test_an_extended_run_equals_a_long_one(capsys, tmp_path, arrays_file):
     assert json.loads((short / "result.json").read_text())["step"] == 40
 
 
+def test_iql_refuses_to_train_past_the_end_of_its_decay(capsys, tmp_path, arrays_file):
+    args = ["--dataset", str(arrays_file), "--policy-step", "awr", "--eval-every", "10"]
+    args += ["--run-dir", str(tmp_path), *SMALL]
+    iql_bst.main([*args, "--num-updates", "20"])
+    folder = Path(capsys.readouterr().out.splitlines()[-1])
+    with pytest.raises(UserError, match="ends at 20 updates, --num-updates is 40"):
+        iql_bst.main(["--resume", str(folder), "--num-updates", "40"])
+    iql_bst.main([*args, "--num-updates", "20", "--actor-decay-updates", "40"])
+    longer = Path(capsys.readouterr().out.splitlines()[-1])
+    iql_bst.main(["--resume", str(longer), "--num-updates", "40"])
+    assert [r["step"] for r in read_log(longer)] == ["10", "20", "30", "40"]
+
+
+@pytest.mark.parametrize(
+    ("script", "extra"),
+    [
+        (td3_bc, ["--alpha", "1"]),
+        (iql_bst, ["--policy-step", "awr"]),
+        (iql_bst, ["--policy-step", "bst"]),
+    ],
+    ids=["td3_bc", "awr", "bst"],
+)
+def test_a_sibling_resumed_half_way_is_bit_identical(
+    script, extra, capsys, tmp_path, arrays_file
+):
+    net = [] if script is td3_bc else NARROW[3:]
+    args = ["--dataset", str(arrays_file), "--num-updates", "40", "--eval-every", "20"]
+    args += ["--batch-size", "16", "--num-morse-updates", "10", "--num-seeds", "2"]
+    script.main([*args, *NARROW[:3], *net, *extra, "--run-dir", str(tmp_path)])
+    folder = Path(capsys.readouterr().out.splitlines()[-1])
+    names = ("checkpoint", "policy", "morse")
+    before = {name: contents(folder / name) for name in names}
+    log = (folder / "log.csv").read_bytes()
+    (folder / "result.json").unlink()
+    (folder / "checkpoint" / "step-000000040.safetensors").unlink()
+    script.main(["--resume", str(folder)])
+    assert {name: contents(folder / name) for name in names} == before
+    assert (folder / "log.csv").read_bytes() == log
+    last = read_log(folder)[-1]
+    for name in ("critic_loss", "actor_loss", "distance"):
+        assert np.isfinite(float(last[name])), name
+
+
+def test_the_best_episodes_are_trained_on(capsys, tmp_path, arrays_file):
+    # 10 % BC is --alpha 0 --best-fraction 0.1; here with a quarter of the episodes.
+    args = ["--dataset", str(arrays_file), "--alpha", "0", "--best-fraction", "0.25"]
+    args += ["--num-updates", "4", "--hidden-dims", "8", "--num-morse-updates", "0"]
+    td3_bc.main([*args, "--run-dir", str(tmp_path)])
+    folder = Path(capsys.readouterr().out.splitlines()[-1])
+    returns = np.sort(datasets.load(str(arrays_file)).episode_returns)
+    quarter = returns[-(len(returns) // 4) :].mean()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["data"]["return"] == pytest.approx(quarter)
+    assert quarter > returns.mean() + 1
+    td3_bc.main(["--resume", str(folder)])
+
+
 def test_a_checkpoint_holds_the_normalisation(capsys, tmp_path, arrays_file):
     args = ("--dataset", arrays_file, "--num-updates", 10, "--run-dir", tmp_path)
     folder = train(capsys, *args)
@@ -436,6 +494,7 @@ def test_help_is_grouped_and_flags_are_bare():
         (["--scale", "inf"], "scale must be finite, got inf"),
         (["--reward-shift", "nan"], "reward_shift must be finite, got nan"),
         (["--num-updates", "0"], "num_updates must be at least 1, got 0"),
+        (["--best-fraction", "0"], "best_fraction must lie in (0, 1], got 0.0"),
         (["--num-seeds", "0"], "num_seeds must be at least 1, got 0"),
         (["--scale", "-1"], "scale must be above 0, got -1.0"),
         (["--dataset", "no/such"], "no/such"),

@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Same-named definitions of td3_bc.py that may differ from td3_bst.py's, and why.
-DIFFERENT = {
+# Same-named definitions that may differ from td3_bst.py's, and why.
+TD3_BC = {
     "Config": "alpha instead of mu, scale and the Morse network",
     "LOCOMOTION": "mu",
     "POINTMAZE": "mu",
@@ -16,7 +16,35 @@ DIFFERENT = {
     "train": "hands the supervisor on, the largest omega",
     "main": "the Morse network",
 }
+IQL_BST = {
+    "Config": "expectile, beta and the policy step instead of target noise and delay",
+    "LOCOMOTION": "expectile and beta, IQL's settings",
+    "POINTMAZE": "IQL's settings",
+    "MAZE": "IQL's settings",
+    "DEFAULTS": "IQL's settings",
+    "resolve": "rewards scaled by the returns' range, the actor's decay",
+    "AgentState": "a value, no target actor",
+    "dense": "IQL's initialisation",
+    "Actor": "the log sigma of AWR",
+    "td_target": "the value of the next observation instead of target networks",
+    "optimizers": "the value's, the actor's decay",
+    "init": "the value",
+    "update_critics": "no noise to draw; the targets follow here",
+    "update_actor": "AWR, no target actor",
+    "update": "one value, actor and critic step on one batch",
+    "train": "no delay",
+    "main": "the returns' range, the actor's decay",
+}
 ONLY_BST = {"Supervisor", "supervisor"}
+ONLY_IQL = {
+    "Value",
+    "awr_loss",
+    "awr_weight",
+    "expectile_loss",
+    "state_values",
+    "update_value",
+    "value_loss",
+}
 
 
 def definitions(script: str) -> dict[str, str]:
@@ -32,12 +60,32 @@ def definitions(script: str) -> dict[str, str]:
     return found
 
 
+def differing(script: str) -> set[str]:
+    """Names that the script and td3_bst.py define differently."""
+    own, bst = definitions(script), definitions("td3_bst.py")
+    return {name for name in own.keys() & bst.keys() if own[name] != bst[name]}
+
+
 def test_td3_bc_is_td3_bst_without_the_supervisor():
     bc, bst = definitions("td3_bc.py"), definitions("td3_bst.py")
     assert set(bst) - set(bc) == ONLY_BST
     assert set(bc) - set(bst) == set()
-    differing = {name for name in bc if bc[name] != bst[name]}
-    assert differing == set(DIFFERENT)
+    assert differing("td3_bc.py") == set(TD3_BC)
+
+
+def test_iql_bst_is_td3_bst_with_another_value_learning():
+    iql, bst = definitions("iql_bst.py"), definitions("td3_bst.py")
+    assert set(bst) - set(iql) == set()
+    assert set(iql) - set(bst) == ONLY_IQL
+    assert differing("iql_bst.py") == set(IQL_BST)
+    assert "actor_loss" not in IQL_BST  # the BST step is TD3-BST's own, to the letter
+
+
+def test_siblings_define_things_in_one_order():
+    order = list(definitions("td3_bst.py"))
+    for script in ("td3_bc.py", "iql_bst.py"):
+        own = [name for name in definitions(script) if name in order]
+        assert own == [name for name in order if name in own]
 
 
 def test_td3_bc_does_not_mention_the_supervisor_above_main():
