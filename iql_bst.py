@@ -1,9 +1,9 @@
 """IQL, and IQL with the BST policy step, offline, in one file.
 
-Implicit Q-learning fits a value to an upper expectile of the data's own Q, so no
-action outside the data is ever evaluated. `--policy-step awr` then clones the data's
-actions, the better ones harder: IQL as published. `--policy-step bst` (the default)
-takes TD3-BST's policy step instead: it follows Q where a Morse network is certain.
+Implicit Q-learning fits a value to an upper expectile of the data's own Q, so that no
+action outside the data has a part in learning it. `--policy-step awr` then clones the
+data's actions, the better ones harder: IQL as published. `--policy-step bst` (the
+default) takes TD3-BST's policy step: it follows Q where a Morse network is certain.
 
     L_V      = mean[|tau - 1(u < 0)| u^2],  u = min_i Q'_i(s, a) - V(s)
     y        = r + gamma (1 - terminal) V(s')
@@ -48,11 +48,11 @@ class Config:
 
     policy_step: Literal["bst", "awr"] = "bst"  # awr: IQL as published
     expectile: float | None = None  # tau, the value's; unset: by domain
-    beta: float | None = None  # inverse temperature of AWR's weight; unset: by domain
-    weight_clip: float = 100.0  # AWR's largest weight
-    mu: float | None = None  # mu, temperature of omega; unset: by domain
-    scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
-    supervisor_gradient: bool = True  # differentiate through omega as well
+    beta: float | None = None  # awr: the weight's inverse temperature; unset: by domain
+    weight_clip: float = 100.0  # awr: largest weight
+    mu: float | None = None  # bst: mu, temperature of omega; unset: by domain
+    scale: float | None = None  # bst: lam, the Morse kernel's scale; unset: dim(A) / 2
+    supervisor_gradient: bool = True  # bst: differentiate through omega as well
     discount: float | None = None  # gamma, per step; unset: by domain
     reward_scale: float | None = None  # times the reward; unset: by domain and returns
     reward_shift: float | None = None  # added after scaling; unset: by domain
@@ -61,7 +61,7 @@ class Config:
     critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor, critics and value
     actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
-    actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: awr, all
+    actor_decay_updates: int | None = None  # to rate 0; 0: none; unset: awr's whole run
     critic_learning_rate: float = 3e-4  # Adam's step size
     value_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
@@ -71,17 +71,19 @@ class Config:
         for name, value in vars(self).items():
             if isinstance(value, float) and not np.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
+        if self.policy_step not in ("bst", "awr"):
+            raise ValueError(f"policy_step must be bst or awr, got {self.policy_step}")
         rates = ("actor_learning_rate", "critic_learning_rate", "value_learning_rate")
         for name in (*rates, "batch_size", "weight_clip", "scale", "reward_scale"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
-        for name in ("expectile", "discount", "polyak"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}")
-        if self.expectile in (0, 1) or self.polyak == 0:
-            raise ValueError("expectile must lie in (0, 1) and polyak in (0, 1]")
+        if self.expectile is not None and not 0 < self.expectile < 1:
+            raise ValueError(f"expectile must lie in (0, 1), got {self.expectile}")
+        if self.discount is not None and not 0 <= self.discount <= 1:
+            raise ValueError(f"discount must lie in [0, 1], got {self.discount}")
+        if self.polyak is not None and not 0 < self.polyak <= 1:
+            raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}")
         if self.mu is not None and not self.mu >= 0.02:
             raise ValueError(
                 f"mu must be at least 0.02, got {self.mu}: the weight exp(C / mu) - 1 "
@@ -108,11 +110,11 @@ LOCOMOTION = {
 }
 POINTMAZE = {"mu": 0.3, "discount": 0.98, "reward_scale": 10.0, "normalize_obs": True}
 MAZE = {"expectile": 0.9, "beta": 10.0}
-DEFAULTS = {  # locomotion, antmaze: IQL's code; mu, pointmaze: results/LOG.md
+DEFAULTS = {  # IQL's code; mu as in td3_bst.py, pointmaze: results/LOG.md
     "locomotion": LOCOMOTION,
     "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
     "antmaze": LOCOMOTION | MAZE | {"reward_shift": -1.0},
-    "other": LOCOMOTION,  # untested
+    "other": LOCOMOTION | {"beta": 0.5},  # as Kitchen and Adroit; untested
 }
 
 
@@ -126,7 +128,8 @@ def resolve(
     """Returns `config` with every unset option at its domain's value.
 
     Args:
-        episode_returns: (E,); IQL divides locomotion's rewards by their range / 1000.
+        episode_returns: (E,) of the episodes that are trained on; IQL divides
+            locomotion's rewards by their range / 1000.
         num_updates: of the whole run, over which the actor's learning rate decays.
     """
     awr = config.policy_step == "awr"
@@ -134,7 +137,9 @@ def resolve(
     defaults["actor_decay_updates"] = num_updates if awr else 0
     if domain == "locomotion":
         spread = float(np.ptp(episode_returns))
-        defaults["reward_scale"] = 1000.0 / spread if spread > 0 else 1.0
+        known = spread > 1e-6 * np.abs(episode_returns).max()  # more than rounding
+        defaults["reward_scale"] = 1000.0 / spread if known else 1.0
+    if domain in ("locomotion", "other"):
         defaults["normalize_obs"] = not awr
     unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     return dataclasses.replace(config, **unset)
@@ -259,15 +264,20 @@ def supervisor(
 
 
 def expectile_loss(difference: jax.Array, expectile: float) -> jax.Array:
-    """|tau - 1(u < 0)| u^2 of each difference u (IQL, eq. 4); tau = .5: half u^2."""
+    """|tau - 1(u < 0)| u^2 of each difference u (IQL, sec. 4.1); tau = .5: u^2 / 2."""
     weight = jnp.where(difference > 0, expectile, 1.0 - expectile)
     return weight * jnp.square(difference)
+
+
+def target_q(agent: AgentState, batch: Transition, config: Config) -> jax.Array:
+    """The target critics' smaller Q(s, a), (B,)."""
+    return q_values(agent.target_critics, batch.obs, batch.action, config).min(axis=0)
 
 
 def value_loss(
     value: Params, batch: Transition, q: jax.Array, config: Config
 ) -> tuple[jax.Array, Metrics]:
-    """L_V (IQL, eq. 5) of the target critics' smaller Q(s, a), q (B,)."""
+    """L_V (IQL, eq. 5) against the target q (B,)."""
     v = state_values(value, batch.obs, config)
     chex.assert_equal_shape([q, v])
     tau: Any = config.expectile
@@ -295,13 +305,13 @@ def awr_weight(
     agent: AgentState, batch: Transition, config: Config
 ) -> tuple[jax.Array, jax.Array]:
     """min(exp(beta u), clip) (B,) and the advantage u = min_i Q'_i - V (B,)."""
-    q = q_values(agent.target_critics, batch.obs, batch.action, config).min(axis=0)
-    advantage = q - state_values(agent.value, batch.obs, config)
+    v = state_values(agent.value, batch.obs, config)
+    advantage = target_q(agent, batch, config) - v
     return jnp.minimum(jnp.exp(config.beta * advantage), config.weight_clip), advantage
 
 
 def awr_loss(
-    actor: Params, weight: jax.Array, batch: Transition, config: Config
+    actor: Params, batch: Transition, weight: jax.Array, config: Config
 ) -> tuple[jax.Array, Metrics]:
     """L_pi of AWR (IQL, eq. 7): the data's log-likelihood, weighted by weight (B,)."""
     mode = policy(actor, batch.obs, config)
@@ -382,7 +392,7 @@ def update_value(
     agent: AgentState, batch: Transition, config: Config
 ) -> tuple[AgentState, Metrics]:
     """One Adam step of the value."""
-    q = q_values(agent.target_critics, batch.obs, batch.action, config).min(axis=0)
+    q = target_q(agent, batch, config)
     grad, metrics = jax.grad(value_loss, has_aux=True)(agent.value, batch, q, config)
     _, _, adam = optimizers(config)
     step, value_opt = adam.update(grad, agent.value_opt)
@@ -423,7 +433,7 @@ def update_actor(
     if config.policy_step == "awr":
         weight, advantage = awr_weight(agent, batch, config)
         grad, metrics = jax.grad(awr_loss, has_aux=True)(
-            agent.actor, weight, batch, config
+            agent.actor, batch, weight, config
         )
         metrics |= {"weight": weight.mean(), "advantage": advantage.mean()}
     else:
@@ -534,15 +544,16 @@ def main(args: list[str] | None = None) -> None:
     config = resolve(config, dataset.domain, dataset.action_dim, returns, total)
     if 0 < (config.actor_decay_updates or 0) < total:
         raise UserError(
-            f"the actor's learning rate ends at {config.actor_decay_updates} updates, "
-            f"--num-updates is {total}; a longer run must begin anew"
+            f"the actor's learning rate is 0 from update {config.actor_decay_updates} "
+            f"on, --num-updates is {total}: begin a new run with a longer "
+            "--actor-decay-updates (0: none)"
         )
     data, mean, std = prepare(
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config
     )
     if (config.mu or 1) < 0.025:
         print("warning: with mu below 0.025 Adam's squared gradients overflow float32")
-    lam, net = config.scale, config.morse_net
+    awr, lam, net = config.policy_step == "awr", config.scale, config.morse_net
     reused = run.reused_networks(options, dataset, mean, lam, net)
     job = run.Run("iql_bst", options, config, dataset, mean, std)
     job.wall["load"] = time.perf_counter() - begin
@@ -552,9 +563,10 @@ def main(args: list[str] | None = None) -> None:
     agent = job.map(partial(init, **dims, config=config), True)(job.keys(0))
     morse_state = job.map(partial(morse.init, **dims, config=net), True)(job.keys(3))
     step, restored = 0, job.restore((agent, morse_state.params))
+    pairs = (data.obs, data.action)
+    fit = partial(run.fit_morse, job, morse_state, *pairs, lam, net, reused)
     if restored is None:
-        pairs = (data.obs, data.action)
-        params = run.fit_morse(job, morse_state, *pairs, lam, net, reused)
+        params = morse_state.params if awr else fit()  # AWR reads none
         job.checkpoint(0, (agent, params), agent.actor)
     else:
         (agent, params), step = restored
@@ -565,17 +577,20 @@ def main(args: list[str] | None = None) -> None:
     bst = Supervisor(params, *job.split((np.float32(scale), np.float32(mu))))
     program = job.chunked(partial(train, config=config), True, True, False, True, False)
     keys = job.keys(2)
-    for start, length in job.chunks(
-        "IQL-BST" if config.policy_step == "bst" else "IQL", step, *job.plan
-    ):
+    label = "IQL" if awr else "IQL-BST"
+    for start, length in job.chunks(label, step, *job.plan):
         with job.timed("training"):
             agent, metrics = program(length, agent, bst, data, keys, np.int32(start))
             job.record(metrics, length)
         if job.due(start + length):
             job.checkpoint(start + length, (agent, params), agent.actor)
 
-    first = jax.tree.map(lambda x: np.asarray(x)[0], params)
-    density = partial(morse.certainty, first, scale=scale[0], config=net)
+    density = None
+    fitted = not awr or reused or job.options.num_morse_updates
+    if fitted:  # for AWR a diagnostic: how certain are the policy's actions?
+        params = fit() if awr else params
+        first = jax.tree.map(lambda x: np.asarray(x)[0], params)
+        density = partial(morse.certainty, first, scale=scale[0], config=net)
     job.finish(agent.actor, density)
 
 

@@ -50,6 +50,12 @@ def net(*layers: tuple[Any, Any]) -> dict[str, Any]:
     }
 
 
+def critic_net(obs_weight: float, action_weight: list[float], constant: float) -> Any:
+    """Q(s, a) = obs_weight s + action_weight a + constant."""
+    kernel = [[obs_weight], *[[w] for w in action_weight]]
+    return net((kernel, [10]), ([[1]], [constant - 10]))
+
+
 def twins(first: Any, second: Any) -> Any:
     """Two critics along a new leading axis, as `AgentState.critics`."""
     stacked = jax.tree.map(lambda *x: jnp.stack(x), first, second)

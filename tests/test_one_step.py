@@ -174,12 +174,42 @@ def layers(actor: Any) -> Any:
     return {"params": {k: v for k, v in actor["params"].items() if k != "log_std"}}
 
 
+def numpy_target_q(agent: Any, rows: Any) -> np.ndarray:
+    return np.minimum(*numpy_q(agent.target_critics, rows.obs, rows.action))
+
+
+def numpy_value_loss(value: Any, q: np.ndarray, rows: Any) -> float:
+    u = q - numpy_value(value, rows.obs)
+    assert np.abs(u).min() > 1e-4, "choose another seed"  # a kink of its own
+    return float(np.mean(np.where(u > 0, 0.8, 0.2) * u**2))
+
+
+def numpy_iql_target(value: Any, rows: Any) -> np.ndarray:
+    next_v = numpy_value(value, rows.next_obs)
+    return rows.reward + 0.9 * np.where(rows.terminal == 1, 0.0, next_v)
+
+
+def numpy_weight(q: np.ndarray, value: Any, rows: Any) -> np.ndarray:
+    return np.minimum(np.exp(2 * (q - numpy_value(value, rows.obs))), 3)
+
+
+def numpy_awr_loss(actor: Any, weight: np.ndarray, rows: Any) -> float:
+    sigma = np.exp(actor["params"]["log_std"])
+    error = (rows.action - numpy_policy(layers(actor), rows.obs)) / sigma
+    density = np.exp(-0.5 * error**2) / (sigma * math.sqrt(2 * math.pi))
+    return float(-np.mean(weight * np.log(density.prod(axis=1))))
+
+
+# After four of ten updates the actor's step size is .1 (1 + cos(.4 pi)) / 2 = .0655.
+ACTOR_RATE = 0.1 * (1 + math.cos(0.4 * math.pi)) / 2
+
+
 @pytest.fixture
 def iql():
     """IQL's agent, its V amid the batch's Q', and batch; and the same in numpy."""
     agent, batch = warm_agent(iql_bst, IQL), doubled(random_data(3, 16))
     rows, networks = to_numpy(batch), plain(agent)
-    q = np.minimum(*numpy_q(networks.target_critics, rows.obs, rows.action))
+    q = numpy_target_q(networks, rows)
     middle = np.median(q - numpy_value(networks.value, rows.obs))
     agent.value["params"]["Dense_2"]["bias"] += middle
     return agent, iql_bst.Transition(*batch), plain(agent), to_numpy(batch)
@@ -187,24 +217,24 @@ def iql():
 
 def test_iql_value_step(iql):
     agent, batch, reference, rows = iql
-    q = np.minimum(*numpy_q(reference.target_critics, rows.obs, rows.action))
-
-    def loss(value: Any) -> float:
-        u = q - numpy_value(value, rows.obs)
-        assert np.abs(u).min() > 1e-4, "choose another seed"  # a kink of its own
-        return float(np.mean(np.where(u > 0, 0.8, 0.2) * u**2))
-
+    q = numpy_target_q(reference, rows)
     signs = np.sign(q - numpy_value(reference.value, rows.obs))
     assert len(set(signs)) == 2  # both branches are seen
     stepped, metrics = jax.jit(partial(iql_bst.update_value, config=IQL))(agent, batch)
-    value, opt = reference.value, agent.value_opt
-    check_step(loss, value, opt, 0.3, stepped.value, metrics, "value")
+    check_step(
+        lambda value: numpy_value_loss(value, q, rows),
+        reference.value,
+        agent.value_opt,
+        0.3,
+        stepped.value,
+        metrics,
+        "value",
+    )
 
 
 def test_iql_critic_step(iql):
     agent, batch, reference, rows = iql
-    next_v = numpy_value(reference.value, rows.next_obs)
-    target = rows.reward + 0.9 * np.where(rows.terminal == 1, 0.0, next_v)
+    target = numpy_iql_target(reference.value, rows)
     stepped, metrics = jax.jit(partial(iql_bst.update_critics, config=IQL))(
         agent, batch
     )
@@ -221,36 +251,64 @@ def test_iql_critic_step(iql):
 
 
 def test_iql_actor_step(iql):
-    # -mean[w log N(a; pi(s), diag(sigma^2))], w = min(exp(2 u), 3); after four of ten
-    # updates the step size is .1 (1 + cos(.4 pi)) / 2 = .0655.
     agent, batch, reference, rows = iql
-    q = np.minimum(*numpy_q(reference.target_critics, rows.obs, rows.action))
-    weight = np.exp(2 * (q - numpy_value(reference.value, rows.obs)))
-    assert weight.max() > 3 > weight.min()
-    weight = np.minimum(weight, 3)
-
-    def loss(actor: Any) -> float:
-        sigma = np.exp(actor["params"]["log_std"])
-        error = (rows.action - numpy_policy(layers(actor), rows.obs)) / sigma
-        density = np.exp(-0.5 * error**2) / (sigma * math.sqrt(2 * math.pi))
-        return float(-np.mean(weight * np.log(density.prod(axis=1))))
-
+    q = numpy_target_q(reference, rows)
+    weight = numpy_weight(q, reference.value, rows)
+    assert weight.max() == 3 > weight.min()  # some are clipped, some are not
     nobody: Any = None  # no supervisor
     stepped, metrics = jax.jit(partial(iql_bst.update_actor, config=IQL))(
         agent, nobody, batch
     )
-    rate = 0.1 * (1 + math.cos(0.4 * math.pi)) / 2
-    actor, opt = reference.actor, agent.actor_opt
-    check_step(loss, actor, opt, rate, stepped.actor, metrics, "actor")
+    check_step(
+        lambda actor: numpy_awr_loss(actor, weight, rows),
+        reference.actor,
+        agent.actor_opt,
+        ACTOR_RATE,
+        stepped.actor,
+        metrics,
+        "actor",
+    )
     assert float(metrics["weight"]) == pytest.approx(weight.mean(), rel=1e-6)
+
+
+def test_iql_update_takes_the_steps_in_order(iql):
+    # V from the old targets; the actor's weights from the new V; Q from the new V.
+    agent, _, reference, _ = iql
+    data = iql_bst.Transition(*doubled(random_data(3, 50)))
+    nobody: Any = None
+    config = dataclasses.replace(IQL, batch_size=16)
+    step = jax.jit(partial(iql_bst.update, config=config))
+    stepped, _ = step(agent, nobody, data, KEY, jnp.int32(7))
+
+    batch = iql_bst.sample(data, jax.random.fold_in(KEY, 7), 16)
+    rows = to_numpy(batch)
+    q = numpy_target_q(reference, rows)
+    grad = finite_differences(
+        lambda value: numpy_value_loss(value, q, rows), reference.value
+    )
+    value = numpy_adam(reference.value, grad, agent.value_opt, 0.3)
+    weight = numpy_weight(q, value, rows)
+    grad = finite_differences(
+        lambda actor: numpy_awr_loss(actor, weight, rows), reference.actor
+    )
+    actor = numpy_adam(reference.actor, grad, agent.actor_opt, ACTOR_RATE)
+    target = numpy_iql_target(value, rows)
+    grad = finite_differences(
+        lambda critics: numpy_critic_loss(critics, rows, target), reference.critics
+    )
+    critics = numpy_adam(reference.critics, grad, agent.critic_opt, 0.2)
+    for name, expected in (("value", value), ("actor", actor), ("critics", critics)):
+        assert_same(getattr(stepped, name), expected, tolerance=1e-6)
+    check_targets(stepped.critics, agent.target_critics, stepped.target_critics)
 
 
 def test_iql_bst_actor_step(iql):
     # TD3-BST's objective; log sigma has no part in it and keeps its place.
     agent, batch, reference, rows = iql
-    agent = agent._replace(
-        actor_opt=iql_bst.optimizers(IQL_BST)[0].init(agent.actor)
-    )  # cold: moments of 0 leave log sigma where it is
+    adam, *rest = agent.actor_opt
+    for moment in (adam.mu, adam.nu):  # or log sigma would go on by its momentum
+        moment["params"]["log_std"] *= 0
+    agent = agent._replace(actor_opt=(adam, *rest))
     net = morse.init(jax.random.key(5), OBS_DIM, ACTION_DIM, SMALL.morse_net).params
     bst = doubled(bst_of(net))
     supervisor = to_numpy(bst)
@@ -267,9 +325,8 @@ def test_iql_bst_actor_step(iql):
     stepped, metrics = jax.jit(partial(iql_bst.update_actor, config=IQL_BST))(
         agent, bst, batch
     )
-    cold = jax.tree.map(lambda x: x if x.ndim == 0 else 0 * x, agent.actor_opt)
-    cold = (cold[0]._replace(mu=layers(cold[0].mu), nu=layers(cold[0].nu)), *cold[1:])
-    check_step(loss, actor, cold, 0.1, layers(stepped.actor), metrics, "actor")
+    opt = (adam._replace(mu=layers(adam.mu), nu=layers(adam.nu)), *rest)
+    check_step(loss, actor, opt, 0.1, layers(stepped.actor), metrics, "actor")
     np.testing.assert_array_equal(
         stepped.actor["params"]["log_std"], agent.actor["params"]["log_std"]
     )

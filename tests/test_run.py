@@ -267,7 +267,7 @@ def test_iql_refuses_to_train_past_the_end_of_its_decay(capsys, tmp_path, arrays
     args += ["--run-dir", str(tmp_path), *SMALL]
     iql_bst.main([*args, "--num-updates", "20"])
     folder = Path(capsys.readouterr().out.splitlines()[-1])
-    with pytest.raises(UserError, match="ends at 20 updates, --num-updates is 40"):
+    with pytest.raises(UserError, match="is 0 from update 20 on, --num-updates is 40"):
         iql_bst.main(["--resume", str(folder), "--num-updates", "40"])
     iql_bst.main([*args, "--num-updates", "20", "--actor-decay-updates", "40"])
     longer = Path(capsys.readouterr().out.splitlines()[-1])

@@ -42,6 +42,7 @@ ONLY_IQL = {
     "awr_weight",
     "expectile_loss",
     "state_values",
+    "target_q",
     "update_value",
     "value_loss",
 }

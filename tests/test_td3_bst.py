@@ -17,6 +17,7 @@ from helpers import (
     assert_changed,
     assert_same,
     bst_of,
+    critic_net,
     f32,
     init,
     net,
@@ -61,12 +62,6 @@ def actor_net(obs_weight: list[float], action: list[float]) -> Any:
 
 def output_bias(obs_weight: list[float], action: list[float]) -> list[float]:
     return [math.atanh(a) - 10 * w for w, a in zip(obs_weight, action, strict=True)]
-
-
-def critic_net(obs_weight: float, action_weight: list[float], constant: float) -> Any:
-    """Q(s, a) = obs_weight s + action_weight a + constant."""
-    kernel = [[obs_weight], *[[w] for w in action_weight]]
-    return net((kernel, [10]), ([[1]], [constant - 10]))
 
 
 def agent_by_hand(target_actor: Any, target_critics: Any) -> AgentState:
