@@ -61,7 +61,7 @@ class Config:
     critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor, critics and value
     actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
-    actor_decay_updates: int | None = None  # to rate 0; 0: none; unset: awr's whole run
+    actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: awr's run
     critic_learning_rate: float = 3e-4  # Adam's step size
     value_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
