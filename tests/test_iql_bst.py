@@ -157,6 +157,7 @@ def batch_of(seed: int, num: int = 16) -> Transition:
         dict(critic_learning_rate=-1.0),
         dict(value_learning_rate=0.0),
         dict(batch_size=0),
+        dict(policy_step="AWR"),
     ],
     ids=str,
 )
@@ -220,6 +221,8 @@ def test_resolve_keeps_what_is_set(domain: str, step: Any):
         # 1000 / (500 - 100) = 2.5.
         ("locomotion", dict(expectile=0.7, beta=3, reward_scale=2.5, reward_shift=0)),
         ("antmaze", dict(expectile=0.9, beta=10, reward_scale=1, reward_shift=-1)),
+        # Kitchen and Adroit.
+        ("other", dict(expectile=0.7, beta=0.5, reward_scale=1, reward_shift=0)),
     ],
 )
 def test_awr_has_the_published_settings(domain: str, published: dict[str, Any]):
@@ -358,6 +361,22 @@ def test_td_target():
     batch = transitions([7, 8, 9], 0.3, next_obs=[0.5, 2, -0.5], terminal=[0, 1, 0])
     y = iql_bst.td_target(agent, batch, HAND)
     assert np.asarray(y) == pytest.approx([2.8, 1, 1], abs=1e-5)
+
+
+def test_update_critics_steps_towards_the_value():
+    # V = 2, so y = 1 + .9 * 2 = 2.8, above Q_1 = 0 and below Q_2 = 5: L_Q = 2.8^2 +
+    # 2.2^2 = 12.68, and Adam's first step of .02 lifts the one and lowers the other.
+    critics = twins(critic_net(0, [0], 0), critic_net(0, [0], 5))
+    agent = agent_by_hand(
+        critics=critics,
+        target_critics=critics,
+        value=value_net(0, 2),
+        critic_opt=iql_bst.optimizers(HAND)[1].init(critics),
+    )
+    stepped, metrics = update_critics(agent, transitions([0, 1]), HAND)
+    assert float(metrics["critic_loss"]) == pytest.approx(12.68, rel=1e-5)
+    bias = stepped.critics["params"]["Dense_1"]["bias"]
+    assert np.ravel(bias) == pytest.approx([-9.98, -5.02], abs=1e-5)
 
 
 def test_awr_weight():
