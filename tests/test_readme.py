@@ -15,10 +15,9 @@ from common import rollout
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COUNTS = "--num-updates 4 --eval-every 4 --num-morse-updates 2 --num-seeds 1"
 TINY = {  # small counts, appended to the scripts' own options
-    "td3_bst.py": "--num-updates 4 --eval-every 4 --num-morse-updates 2 --num-seeds 1",
-    "iql_bst.py": "--num-updates 4 --eval-every 4 --num-morse-updates 2 --num-seeds 1",
-    "td3_bc.py": "--num-updates 4 --eval-every 4 --num-seeds 1",
+    **dict.fromkeys(("td3_bst.py", "td3_bc.py", "iql_bst.py"), COUNTS),
     "morse.py": "--num-morse-updates 2",
 }
 
