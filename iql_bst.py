@@ -116,6 +116,7 @@ DEFAULTS = {  # IQL's code; mu as in td3_bst.py, pointmaze: results/LOG.md
     "antmaze": LOCOMOTION | MAZE | {"reward_shift": -1.0},
     "other": LOCOMOTION | {"beta": 0.5},  # as Kitchen and Adroit; untested
 }
+TRACED = ("mu", "scale", "expectile")  # may differ between the lanes: --sweep
 
 
 def resolve(
@@ -263,7 +264,7 @@ def supervisor(
     return jnp.expm1(uncertainty / bst.mu), uncertainty
 
 
-def expectile_loss(difference: jax.Array, expectile: float) -> jax.Array:
+def expectile_loss(difference: jax.Array, expectile: jax.Array) -> jax.Array:
     """|tau - 1(u < 0)| u^2 of each difference u (IQL, sec. 4.1); tau = .5: u^2 / 2."""
     weight = jnp.where(difference > 0, expectile, 1.0 - expectile)
     return weight * jnp.square(difference)
@@ -275,13 +276,16 @@ def target_q(agent: AgentState, batch: Transition, config: Config) -> jax.Array:
 
 
 def value_loss(
-    value: Params, batch: Transition, q: jax.Array, config: Config
+    value: Params,
+    batch: Transition,
+    q: jax.Array,
+    expectile: jax.Array,
+    config: Config,
 ) -> tuple[jax.Array, Metrics]:
     """L_V (IQL, eq. 5) against the target q (B,)."""
     v = state_values(value, batch.obs, config)
     chex.assert_equal_shape([q, v])
-    tau: Any = config.expectile
-    loss = expectile_loss(q - v, tau).mean()
+    loss = expectile_loss(q - v, expectile).mean()
     return loss, {"value_loss": loss, "v": v.mean()}
 
 
@@ -389,11 +393,13 @@ def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> Agent
 
 
 def update_value(
-    agent: AgentState, batch: Transition, config: Config
+    agent: AgentState, batch: Transition, expectile: jax.Array, config: Config
 ) -> tuple[AgentState, Metrics]:
     """One Adam step of the value."""
     q = target_q(agent, batch, config)
-    grad, metrics = jax.grad(value_loss, has_aux=True)(agent.value, batch, q, config)
+    grad, metrics = jax.grad(value_loss, has_aux=True)(
+        agent.value, batch, q, expectile, config
+    )
     _, _, adam = optimizers(config)
     step, value_opt = adam.update(grad, agent.value_opt)
     value = optax.apply_updates(agent.value, step)
@@ -456,6 +462,7 @@ def sample(data: Transition, key: jax.Array, batch_size: int) -> Transition:
 def update(
     agent: AgentState,
     bst: Supervisor,
+    expectile: jax.Array,
     data: Transition,
     key: jax.Array,
     step: jax.Array,
@@ -466,7 +473,7 @@ def update(
     Update t draws its batch from fold_in(key, t), t = step.
     """
     batch = sample(data, jax.random.fold_in(key, step), config.batch_size)
-    agent, value_metrics = update_value(agent, batch, config)
+    agent, value_metrics = update_value(agent, batch, expectile, config)
     agent, actor_metrics = update_actor(agent, bst, batch, config)
     agent, critic_metrics = update_critics(agent, batch, config)
     return agent, value_metrics | actor_metrics | critic_metrics
@@ -501,6 +508,7 @@ def prepare(
 def train(
     agent: AgentState,
     bst: Supervisor,
+    expectile: jax.Array,
     data: Transition,
     key: jax.Array,
     start: jax.Array,
@@ -512,12 +520,13 @@ def train(
     The key of update t is fold_in(key, t), so two calls of n equal one of 2n.
 
     Args:
+        expectile: () tau of the value, see `Config`.
         start: () updates done so far. num_updates: static.
     Returns:
         The new state; metrics, their mean over the scan (`omega_max`: the largest).
     """
     agent, metrics = jax.lax.scan(
-        lambda agent, step: update(agent, bst, data, key, step, config),
+        lambda agent, step: update(agent, bst, expectile, data, key, step, config),
         agent,
         start + jnp.arange(num_updates),
     )
@@ -535,9 +544,9 @@ def main(args: list[str] | None = None) -> None:
     from common.options import parse
     from common.options import resolve as resolve_options
 
-    options, config = parse("iql_bst", Config(), __doc__ or "", args)
+    options, config = parse("iql_bst", Config(), __doc__ or "", args, TRACED)
     begin = time.perf_counter()
-    seeds.use_cores(options.num_seeds)
+    seeds.use_cores(len(options.lanes))
     dataset = datasets.load(options.dataset, options.eval_map, options.best_fraction)
     options = resolve_options(options, dataset, policy_delay=1)
     total, returns = options.num_updates or 0, dataset.episode_returns
@@ -551,7 +560,7 @@ def main(args: list[str] | None = None) -> None:
     data, mean, std = prepare(
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config
     )
-    if (config.mu or 1) < 0.025:
+    if min(options.swept.get("mu", (config.mu or 1,))) < 0.025:
         print("warning: with mu below 0.025 Adam's squared gradients overflow float32")
     awr, lam, net = config.policy_step == "awr", config.scale, config.morse_net
     reused = run.reused_networks(options, dataset, mean, lam, net)
@@ -572,15 +581,16 @@ def main(args: list[str] | None = None) -> None:
         (agent, params), step = restored
         job.evaluate_again(step, agent.actor)
 
-    shape = (len(job.lanes),)
-    scale, mu = np.full(shape, config.scale), np.full(shape, config.mu)
-    bst = Supervisor(params, *job.split((np.float32(scale), np.float32(mu))))
-    program = job.chunked(partial(train, config=config), True, True, False, True, False)
+    scale, mu = job.traced("scale", config.scale), job.traced("mu", config.mu)
+    bst, tau = Supervisor(params, scale, mu), job.traced("expectile", config.expectile)
+    per_seed = (True, True, True, False, True, False)
+    program = job.chunked(partial(train, config=config), *per_seed)
     keys = job.keys(2)
     label = "IQL" if awr else "IQL-BST"
     for start, length in job.chunks(label, step, *job.plan):
         with job.timed("training"):
-            agent, metrics = program(length, agent, bst, data, keys, np.int32(start))
+            inputs = (agent, bst, tau, data, keys, np.int32(start))
+            agent, metrics = program(length, *inputs)
             job.record(metrics, length)
         if job.due(start + length):
             job.checkpoint(start + length, (agent, params), agent.actor)

@@ -92,6 +92,7 @@ DEFAULTS = {  # first values from short experiments, results/LOG.md
     "antmaze": LOCOMOTION | MAZE | {"reward_scale": 100.0, "normalize_obs": False},
     "other": LOCOMOTION,  # untested
 }
+TRACED = ("alpha",)  # may differ between the lanes of one program: --sweep
 
 
 def resolve(config: Config, domain: str) -> Config:
@@ -208,7 +209,7 @@ def critic_loss(
 
 
 def actor_loss(
-    actor: Params, critics: Params, batch: Transition, config: Config
+    actor: Params, critics: Params, alpha: jax.Array, batch: Transition, config: Config
 ) -> tuple[jax.Array, Metrics]:
     """L_pi: alpha Q_1 / Z_Q against the mean squared distance to the data's action."""
     action = policy(actor, batch.obs, config)
@@ -216,7 +217,7 @@ def actor_loss(
     q = q_values(critics, batch.obs, action, config)[0]
     z_q = jax.lax.stop_gradient(jnp.abs(q).mean())
     distance = jnp.square(action - batch.action).sum(axis=-1)  # (B,)
-    loss = distance.mean() / action.shape[-1] - config.alpha * q.mean() / z_q
+    loss = distance.mean() / action.shape[-1] - alpha * q.mean() / z_q
     return loss, {"actor_loss": loss, "q": q.mean(), "distance": distance.mean()}
 
 
@@ -272,11 +273,11 @@ def follow(targets: Params, parameters: Params, config: Config) -> Params:
 
 
 def update_actor(
-    agent: AgentState, batch: Transition, config: Config
+    agent: AgentState, alpha: jax.Array, batch: Transition, config: Config
 ) -> tuple[AgentState, Metrics]:
     """One Adam step of the actor, then all targets follow the new parameters."""
     grad, metrics = jax.grad(actor_loss, has_aux=True)(
-        agent.actor, agent.critics, batch, config
+        agent.actor, agent.critics, alpha, batch, config
     )
     adam, _ = optimizers(config)
     step, actor_opt = adam.update(grad, agent.actor_opt)
@@ -298,6 +299,7 @@ def sample(data: Transition, key: jax.Array, batch_size: int) -> Transition:
 
 def update(
     agent: AgentState,
+    alpha: jax.Array,
     data: Transition,
     key: jax.Array,
     step: jax.Array,
@@ -313,7 +315,7 @@ def update(
         key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step + i))
         batch = sample(data, key_batch, config.batch_size)
         agent, critic_metrics = update_critics(agent, batch, key_noise, config)
-    agent, actor_metrics = update_actor(agent, batch, config)
+    agent, actor_metrics = update_actor(agent, alpha, batch, config)
     return agent, critic_metrics | actor_metrics
 
 
@@ -345,6 +347,7 @@ def prepare(
 
 def train(
     agent: AgentState,
+    alpha: jax.Array,
     data: Transition,
     key: jax.Array,
     start: jax.Array,
@@ -356,13 +359,14 @@ def train(
     The key of update t is fold_in(key, t), so two calls of n equal one of 2n.
 
     Args:
+        alpha: () weight of Q, see `Config`.
         start: () updates done so far. num_updates: static, a multiple of policy_delay.
     Returns:
         The new state; metrics, their mean over the scan.
     """
     steps = start + jnp.arange(0, num_updates, config.policy_delay)
     agent, metrics = jax.lax.scan(
-        lambda agent, step: update(agent, data, key, step, config), agent, steps
+        lambda agent, step: update(agent, alpha, data, key, step, config), agent, steps
     )
     return agent, jax.tree.map(jnp.mean, metrics)
 
@@ -376,9 +380,9 @@ def main(args: list[str] | None = None) -> None:
     from common import datasets, run, seeds
     from common.options import parse
 
-    options, config = parse("td3_bc", Config(), __doc__ or "", args)
+    options, config = parse("td3_bc", Config(), __doc__ or "", args, TRACED)
     begin = time.perf_counter()
-    seeds.use_cores(options.num_seeds)
+    seeds.use_cores(len(options.lanes))
     dataset = datasets.load(options.dataset, options.eval_map, options.best_fraction)
     config = resolve(config, dataset.domain)
     data, mean, std = prepare(
@@ -399,11 +403,12 @@ def main(args: list[str] | None = None) -> None:
         agent, step = restored
         job.evaluate_again(step, agent.actor)
 
-    program = job.chunked(partial(train, config=config), True, False, True, False)
+    alpha = job.traced("alpha", config.alpha)
+    program = job.chunked(partial(train, config=config), True, True, False, True, False)
     keys = job.keys(2)
     for start, length in job.chunks("TD3+BC", step, *job.plan):
         with job.timed("training"):
-            agent, metrics = program(length, agent, data, keys, np.int32(start))
+            agent, metrics = program(length, agent, alpha, data, keys, np.int32(start))
             job.record(metrics, length)
         if job.due(start + length):
             job.checkpoint(start + length, agent, agent.actor)

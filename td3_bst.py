@@ -103,6 +103,7 @@ DEFAULTS = {  # first values from short experiments, results/LOG.md
     "antmaze": LOCOMOTION | MAZE | {"reward_scale": 100.0, "normalize_obs": False},
     "other": LOCOMOTION,  # untested
 }
+TRACED = ("mu", "scale")  # may differ between the lanes of one program: --sweep
 
 
 def resolve(config: Config, domain: str, action_dim: int) -> Config:
@@ -416,15 +417,15 @@ def main(args: list[str] | None = None) -> None:
     from common import datasets, run, seeds
     from common.options import parse
 
-    options, config = parse("td3_bst", Config(), __doc__ or "", args)
+    options, config = parse("td3_bst", Config(), __doc__ or "", args, TRACED)
     begin = time.perf_counter()
-    seeds.use_cores(options.num_seeds)
+    seeds.use_cores(len(options.lanes))
     dataset = datasets.load(options.dataset, options.eval_map, options.best_fraction)
     config = resolve(config, dataset.domain, dataset.action_dim)
     data, mean, std = prepare(
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config
     )
-    if (config.mu or 1) < 0.025:
+    if min(options.swept.get("mu", (config.mu or 1,))) < 0.025:
         print("warning: with mu below 0.025 Adam's squared gradients overflow float32")
     lam, net = config.scale, config.morse_net
     reused = run.reused_networks(options, dataset, mean, lam, net)
@@ -444,9 +445,8 @@ def main(args: list[str] | None = None) -> None:
         (agent, params), step = restored
         job.evaluate_again(step, agent.actor)
 
-    shape = (len(job.lanes),)
-    scale, mu = np.full(shape, config.scale), np.full(shape, config.mu)
-    bst = Supervisor(params, *job.split((np.float32(scale), np.float32(mu))))
+    scale, mu = job.traced("scale", config.scale), job.traced("mu", config.mu)
+    bst = Supervisor(params, scale, mu)
     program = job.chunked(partial(train, config=config), True, True, False, True, False)
     keys = job.keys(2)
     for start, length in job.chunks("TD3-BST", step, *job.plan):

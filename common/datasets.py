@@ -108,7 +108,7 @@ def best(dataset: Dataset, fraction: float) -> Dataset:
     if fraction == 1.0:
         return dataset
     returns = dataset.episode_returns
-    count = max(1, int(fraction * len(returns)))
+    count = max(1, int(round(fraction * len(returns), 6)))  # .29 of 100 is 28.99..
     chosen = np.argsort(-returns, kind="stable")[:count]
     keep = np.isin(dataset.episode, chosen)
     _, episode = np.unique(dataset.episode[keep], return_inverse=True)

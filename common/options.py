@@ -1,9 +1,10 @@
 """A script's command line: what every run can be told, parsed, checked, stored."""
 
 import dataclasses
+import itertools
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +32,7 @@ class RunOptions:
     run_dir: Path = Path("runs")  # the run gets a folder of its own in here
     resume: Path | None = None  # go on with the run in this folder
     morse: Path | None = None  # take the fitted Morse networks of this run's folder
+    sweep: tuple[str, ...] = ()  # NAME=V,V,...: these values side by side, each seed
     track: Literal["none", "tensorboard", "wandb"] = "none"  # a tracker beside log.csv
 
     def __post_init__(self) -> None:
@@ -44,6 +46,38 @@ class RunOptions:
             raise ValueError(
                 f"best_fraction must lie in (0, 1], got {self.best_fraction}"
             )
+        for name, values in self.swept.items():
+            if len({f"{value:.9g}" for value in values}) != len(values):
+                raise ValueError(f"sweep names a value of {name} twice")
+
+    @property
+    def swept(self) -> dict[str, tuple[float, ...]]:
+        """The values of every option that --sweep names."""
+        values: dict[str, tuple[float, ...]] = {}
+        for text in self.sweep:
+            name, _, listed = text.partition("=")
+            name = name.replace("-", "_")
+            try:
+                given = tuple(float(value) for value in listed.split(","))
+            except ValueError as error:
+                raise ValueError(
+                    f"sweep expects NAME=VALUE,VALUE,..., got {text!r}"
+                ) from error
+            if name in values:
+                raise ValueError(f"sweep names {name} twice")
+            values[name] = given
+        return values
+
+    @property
+    def lanes(self) -> list[dict[str, Any]]:
+        """What is trained side by side: each choice of swept values with each seed."""
+        seeds = range(self.seed, self.seed + self.num_seeds)
+        names, values = list(self.swept), self.swept.values()
+        return [
+            {**dict(zip(names, chosen, strict=True)), "seed": seed}
+            for chosen in itertools.product(*values)
+            for seed in seeds
+        ]
 
 
 def _at_least(name: str, value: int | None, least: int) -> None:
@@ -75,18 +109,24 @@ def resolve(options: RunOptions, dataset: Dataset, policy_delay: int) -> RunOpti
 
 
 def parse(
-    algorithm: str, config: Any, about: str, args: list[str] | None = None
+    algorithm: str,
+    config: Any,
+    about: str,
+    args: list[str] | None = None,
+    traced: Sequence[str] = (),
 ) -> tuple[RunOptions, Any]:
     """Reads the command line; with --resume, the stored options are the defaults.
 
     Args:
         config: an instance of the algorithm's Config, the defaults.
         about: its first paragraph heads the help.
+        traced: the options of `config` that --sweep may name.
     Raises:
         UserError: a bad value, or a resumed run given other options than its own.
     """
     args = sys.argv[1:] if args is None else args
     options, asked = _cli(algorithm, RunOptions(), config, about, args)
+    _check_sweep(options, asked, traced)
     if options.resume is None:
         return _absolute(options), asked
     stored = checkpoint.read_json(options.resume / "config.json")
@@ -115,6 +155,20 @@ def parse(
             "place of its data (--dataset)"
         )
     return _absolute(options), asked
+
+
+def _check_sweep(options: RunOptions, config: Any, traced: Sequence[str]) -> None:
+    for name, values in options.swept.items():
+        if name not in traced:
+            raise UserError(
+                f"--sweep cannot vary {name!r}, only {' and '.join(traced)}: what else "
+                "differs needs a run of its own"
+            )
+        for value in values:
+            try:
+                dataclasses.replace(config, **{name: value})
+            except ValueError as error:
+                raise UserError(f"--sweep: {error}") from error
 
 
 def _absolute(options: RunOptions) -> RunOptions:

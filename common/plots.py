@@ -1,6 +1,6 @@
 """The run's pictures: learning curves, and the certainty around the policy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,14 @@ GRID = 61  # points per axis of a certainty map
 NEIGHBOURS = 60  # data actions shown per state
 
 
-def curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Every logged quantity against the critic updates, a line per seed."""
+def curves(
+    path: Path, rows: list[dict[str, Any]], labels: Sequence[str], title: str
+) -> None:
+    """Every logged quantity against the critic updates, a line per lane.
+
+    Args:
+        rows: those of one evaluation after the other, in the order of `labels`.
+    """
     skip = ("seed", "step")
     names = [k for k in rows[0] if k not in skip and _numeric(rows, k)] or ["return"]
     columns = 4
@@ -27,19 +33,18 @@ def curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     figure = Figure(figsize=(3.2 * columns, 2.3 * height + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(height, columns, squeeze=False).flat)
-    seeds = sorted({int(r["seed"]) for r in rows})
     for name, ax in zip(names, axes, strict=False):
-        for seed in seeds:
-            own = [r for r in rows if int(r["seed"]) == seed]
+        for i, label in enumerate(labels):
+            own = rows[i :: len(labels)]
             steps = [int(r["step"]) for r in own]
-            ax.plot(steps, [_float(r[name]) for r in own], marker=".", label=f"{seed}")
+            ax.plot(steps, [_float(r[name]) for r in own], marker=".", label=label)
         ax.set_title(name, fontsize=10)
         ax.tick_params(labelsize=8)
         ax.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
     for ax in axes[len(names) :]:
         ax.set_axis_off()
-    if len(seeds) > 1:
-        figure.axes[0].legend(title="seed", fontsize=7, title_fontsize=7)
+    if len(labels) > 1:
+        figure.axes[0].legend(fontsize=6)
     figure.suptitle(f"{title}, against critic updates", fontsize=11)
     figure.savefig(path, dpi=110)
 

@@ -1,6 +1,7 @@
 """What a run tells people: one line per evaluation, the last table, a tracker."""
 
 import importlib
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,21 +67,29 @@ def line(step: int, rows: list[dict[str, Any]]) -> str:
     return "  ".join(parts)
 
 
-def table(rows: list[dict[str, Any]], dataset: Dataset) -> str:
-    """The last evaluation, a line per seed, mean and sd, and the data beside them."""
+def table(rows: Mapping[str, dict[str, Any]], dataset: Dataset) -> str:
+    """The last evaluation, a line per lane, mean and sd, and the data beside them.
+
+    Args:
+        rows: by the lane's label; lanes that differ in their seed alone are averaged.
+    """
     names = ("score", "return", "success", "length")
+    width = max(8, *(len(label) for label in rows))
 
     def line(label: str, values: Mapping[str, Any]) -> str:
         cells = [number(values.get(n)) for n in names]
         shown = ["-" if c is None or np.isnan(c) else f"{c:.4g}" for c in cells]
-        return f"{label:>8}" + "".join(f"{c:>12}" for c in shown)
+        return f"{label:>{width}}" + "".join(f"{c:>12}" for c in shown)
 
-    lines = [" " * 8 + "".join(f"{n:>12}" for n in names)]
-    lines += [line(f"seed {row['seed']}", row) for row in rows]
-    if len(rows) > 1:
-        cells = {n: np.array([number(r[n]) for r in rows], float) for n in names}
-        lines.append(line("mean", {n: float(v.mean()) for n, v in cells.items()}))
-        lines.append(line("sd", {n: float(v.std(ddof=1)) for n, v in cells.items()}))
+    lines = [" " * width + "".join(f"{n:>12}" for n in names)]
+    for _, group in itertools.groupby(rows, lambda label: label.rpartition("seed")[0]):
+        lanes = {label: rows[label] for label in group}
+        lines += [line(label, row) for label, row in lanes.items()]
+        cells = np.array([[number(r[n]) for n in names] for r in lanes.values()], float)
+        if len(lanes) > 1:
+            mean, sd = cells.mean(axis=0).tolist(), cells.std(axis=0, ddof=1).tolist()
+            lines.append(line("mean", dict(zip(names, mean, strict=True))))
+            lines.append(line("sd", dict(zip(names, sd, strict=True))))
     lines.append(line("data", data_figures(dataset)))
     return "\n".join(lines)
 
@@ -113,11 +122,11 @@ class Tracker:
         except Exception as error:  # a stranger's code: not logged in, no network, ...
             raise UserError(f"--track {self.kind} did not start: {error}") from error
 
-    def send(self, rows: list[dict[str, Any]]) -> None:
-        """Sends the rows of one evaluation, as `seed<k>/<name>`."""
-        for row in rows if self.sink else ():
+    def send(self, rows: Mapping[str, dict[str, Any]]) -> None:
+        """Sends the rows of one evaluation, as `<label>/<name>`."""
+        for label, row in rows.items() if self.sink else ():
             values = {
-                f"seed{row['seed']}/{name}": value
+                f"{label}/{name}": value
                 for name, value in row.items()
                 if name not in ("seed", "step") and value != ""
             }

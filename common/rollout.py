@@ -54,10 +54,10 @@ def layers_of(actor: Mapping[str, Any]) -> tuple[tuple[np.ndarray, np.ndarray], 
 
 
 def export(
-    folder: Path, policy: NumpyPolicy, seeds: Sequence[int], about: dict
+    folder: Path, policy: NumpyPolicy, labels: Sequence[str], about: dict
 ) -> None:
-    """Writes `seed<k>.safetensors` per seed and `policy.json`: no time, no path."""
-    for i, seed in enumerate(seeds):
+    """Writes `<label>.safetensors` per policy and `policy.json`: no time, no path."""
+    for i, label in enumerate(labels):
         arrays = {
             "obs_mean": policy.obs_mean,
             "obs_std": policy.obs_std,
@@ -67,9 +67,9 @@ def export(
         for n, (weight, bias) in enumerate(policy.layers):
             arrays |= {f"layer{n}.weight": weight[i], f"layer{n}.bias": bias[i]}
         arrays = {k: np.ascontiguousarray(v, np.float32) for k, v in arrays.items()}
-        write_bytes(folder / f"seed{seed}.safetensors", save(arrays))
+        write_bytes(folder / f"{label}.safetensors", save(arrays))
     num_layers = len(policy.layers)
-    about = {**about, "seeds": list(seeds), "num_layers": num_layers}
+    about = {**about, "num_layers": num_layers}
     about |= {"hidden_activation": "relu", "output_activation": "tanh"}
     write_json(folder / "policy.json", about)
 

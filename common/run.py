@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import morse
@@ -193,7 +194,12 @@ class Run:
         self.plan = (self.num_updates, self.eval_every, unit)  # for `chunks`
         self.obs_mean, self.obs_std = obs_mean, obs_std
         self.tracker = report.Tracker(self.options.track)
-        self.seeds = list(range(options.seed, options.seed + options.num_seeds))
+        self.runs = options.lanes  # one per lane, less what pads the devices
+        self.seeds = [run["seed"] for run in self.runs]
+        self.labels = [
+            "-".join(f"{name}{value:.9g}" for name, value in run.items())
+            for run in self.runs
+        ]
         self.mesh = seeds.mesh(len(self.seeds))
         self.lanes = seeds.lanes(self.seeds, self.mesh)
         self.wall: dict[str, float] = {}
@@ -247,6 +253,11 @@ class Run:
             slug = "".join(c if c.isalnum() or c in "._" else "-" for c in source)
             name = f"{self.algorithm}-{slug.strip('-.')}-seed{self.seeds[0]}"
             folder = new_folder(self.options.run_dir, name)
+        self._lock = FileLock(folder / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"another process is at work in {folder}") from error
         own = to_json(dataclasses.replace(self.options, resume=None))
         now = dict(versions=versions(), commit=commit())
         content = dict(algorithm=self.algorithm, options=own)
@@ -322,9 +333,10 @@ class Run:
 
         return call
 
-    def split(self, tree: Any) -> Any:
-        """Lays arrays with a lane axis, hyperparameters say, out over the devices."""
-        return seeds.split(tree, self.mesh)
+    def traced(self, name: str, value: float | None) -> jax.Array:
+        """An option's value in every lane, (L,): the swept one, else `value`."""
+        values = [run.get(name, value) for run in self.runs]
+        return self.spread(np.array(values, np.float32))
 
     def place(self, tree: Any) -> Any:
         """Copies arrays that all seeds share, the dataset say, to every device."""
@@ -462,8 +474,8 @@ class Run:
             result = future.result() if future else None
         self._pending = None
         rows = []
-        for i, seed in enumerate(self.seeds):
-            row: dict[str, Any] = {"seed": seed, "step": step}
+        for i, run in enumerate(self.runs):
+            row: dict[str, Any] = {"seed": run["seed"], "step": step, **run}
             row |= dict.fromkeys(("return", "score", "success", "length"), "")
             if result is not None:
                 row["return"] = float(result.returns[i].mean())
@@ -474,7 +486,7 @@ class Run:
             rows.append(row | dict(sorted(metrics[i].items())))
         self.rows += rows
         self._write_log(rows)
-        self.tracker.send(rows)
+        self.tracker.send(dict(zip(self.labels, rows, strict=True)))
         tqdm.write(report.line(step, rows), file=sys.stdout)
 
     def _write_log(self, new: list[dict[str, Any]] | None = None) -> None:
@@ -519,21 +531,24 @@ class Run:
                 algorithm=self.algorithm,
                 obs_dim=self.dataset.obs_dim,
                 action_dim=self.dataset.action_dim,
+                seeds=self.seeds,
                 obs_keys=list(task.obs_keys) if task else [],
             )
-            rollout.export(self.folder / "policy", policy, self.seeds, about)
+            rollout.export(self.folder / "policy", policy, self.labels, about)
         self._write_result()
         with self.timed("writing"):
             title = f"{self.algorithm} on {self.dataset.name}"
-            plots.curves(self.folder / "curves.png", self.rows, title)
+            plots.curves(self.folder / "curves.png", self.rows, self.labels, title)
             if density is not None:
                 path = self.folder / "certainty.png"
                 plots.certainty(path, density, self.dataset, policy, title)
         self.tracker.close()
         self._pool.shutdown()
+        self._lock.release()
         if self._evaluator:
             self._evaluator.close()
-        print(report.table(self.rows[-len(self.seeds) :], self.dataset))
+        last = dict(zip(self.labels, self.rows[-len(self.labels) :], strict=True))
+        print(report.table(last, self.dataset))
         print(self.folder, flush=True)
 
     def _write_result(self) -> None:
@@ -548,6 +563,7 @@ class Run:
                 algorithm=self.algorithm,
                 dataset=self.dataset.name,
                 seeds=self.seeds,
+                swept={k: [run[k] for run in self.runs] for k in self.options.swept},
                 step=last[0]["step"],
                 **{
                     f"{k}s": [report.number(r[k]) for r in last]
@@ -582,7 +598,7 @@ def _identity(
 def reused_networks(
     options: RunOptions, dataset: Dataset, obs_mean: np.ndarray, scale: Any, config: Any
 ) -> list[Any] | None:
-    """The networks that --morse names, one per seed; None without it.
+    """The networks that --morse names, one per lane; None without it.
 
     Call before the run has a folder: a network that does not fit is a UserError.
     """
@@ -592,9 +608,15 @@ def reused_networks(
     shape = jax.eval_shape(
         lambda key: init(key, dataset.obs_dim, dataset.action_dim), jax.random.key(0)
     )
-    about = _identity(scale, config, dataset, obs_mean)
-    chosen = range(options.seed, options.seed + options.num_seeds)
-    return [load_morse(options.morse, seed, shape.params, *about) for seed in chosen]
+    return [
+        load_morse(
+            options.morse,
+            lane["seed"],
+            shape.params,
+            *_identity(lane.get("scale", scale), config, dataset, obs_mean),
+        )
+        for lane in options.lanes
+    ]
 
 
 def fit_morse(
@@ -611,7 +633,8 @@ def fit_morse(
     Args:
         state: the lanes' fresh morse.MorseState.
         obs, action: the dataset on the devices, as the networks see it.
-        reused: what `reused_networks` found: (parameters, loss) per seed.
+        scale: lam of every lane, unless it is swept.
+        reused: what `reused_networks` found: (parameters, loss) per lane.
     Returns:
         The networks' parameters, with the lane axis.
     """
@@ -621,25 +644,27 @@ def fit_morse(
         )
         losses = [loss for _, loss in reused]
     else:
-        params, losses = _fitted(job, state, obs, action, np.float32(scale), config)
+        lam = job.traced("scale", scale)
+        params, losses = _fitted(job, state, obs, action, lam, config)
         print("Morse loss: " + " ".join(f"{x:.3f}" for x in losses), flush=True)
     job.constants["morse_loss"] = losses
-    about = _identity(scale, config, job.dataset, job.obs_mean)
     for i, seed in enumerate(job.seeds):
         own = jax.tree.map(lambda x, i=i: np.asarray(x)[i], params)
+        lam = job.runs[i].get("scale", scale)
+        about = _identity(lam, config, job.dataset, job.obs_mean)
         save_morse(job.folder, seed, own, *about, loss=losses[i])
     return params
 
 
 def _fitted(
-    job: Run, state: Any, obs: Any, action: Any, lam: np.float32, config: Any
+    job: Run, state: Any, obs: Any, action: Any, lam: jax.Array, config: Any
 ) -> tuple[Any, list[float]]:
     """The parameters after the run's Morse updates, and each seed's last loss."""
 
     def train(state, obs, action, key, start, lam, num_updates):
         return morse.train(state, obs, action, key, start, num_updates, lam, config)
 
-    program = job.chunked(train, True, False, False, True, False, False)
+    program = job.chunked(train, True, False, False, True, False, True)
     keys, total = job.keys(1), job.options.num_morse_updates or 0
     losses = np.full(len(job.lanes), np.nan)
     for start, length in job.chunks("Morse network", 0, total, total, 1):

@@ -12,19 +12,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
-def use_cores(num_seeds: int) -> None:
-    """Makes one host device per seed, at most one per core.
+def use_cores(num_lanes: int) -> None:
+    """Makes one host device per lane, at most one per core.
 
     Does nothing once JAX has started; then the devices are what they are.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", max(1, min(cores, num_seeds)))
+        jax.config.update("jax_num_cpu_devices", max(1, min(cores, num_lanes)))
 
 
-def mesh(num_seeds: int) -> Mesh:
-    """The devices that share the seeds, a 1-D mesh with the axis `seed`."""
-    devices = jax.devices()[:num_seeds]
+def mesh(num_lanes: int) -> Mesh:
+    """The devices that share the lanes, a 1-D mesh with the axis `seed`."""
+    devices = jax.devices()[:num_lanes]
     return Mesh(np.array(devices), ("seed",))
 
 

@@ -1,172 +1,531 @@
-"""The README's tables, from the runs that made them.
+"""Markdown tables from rows of results, with interquartile means and intervals.
 
-    uv run results/tables.py add RUN [RUN ...]   take the last evaluation of these runs
-    uv run results/tables.py                     write the tables into README.md
-    uv run results/tables.py --check             exit 1 if README.md says otherwise
+    uv run results/tables.py           write them into README.md and results/README.md
+    uv run results/tables.py --check   write nothing; exit 1 if a page says otherwise
 
-`runs.csv` has one row per method, dataset, seed and step; adding a run again replaces
-its rows. A table shows the mean and the sample sd over seeds; n is their number.
+A run counts by its last evaluation, a seed once. A cell is the mean and the sample sd
+over seeds, n their number. Aggregates are those of Agarwal et al., arXiv 2108.13264:
+interquartile mean and probability of improvement, with 95 % bootstrap intervals that
+resample seeds within each dataset.
 """
 
 import argparse
 import csv
-import json
-import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
-RUNS, README = ROOT / "results" / "runs.csv", ROOT / "README.md"
-KEY: tuple[str, ...] = ("method", "dataset", "seed", "step")
-COLUMNS: tuple[str, ...] = (
-    *KEY,
-    "return",
-    "score",
-    "success",
-    "length",
-    "episodes",
-    "commit",
-)
-METHODS = ("data", "BC", "10 % BC", "TD3+BC", "TD3-BST", "IQL", "IQL-BST")
-EMBEDDED = "td3-bst/pointmaze/zigzag-v0"
-Row = dict[str, Any]
+import numpy as np
+from scipy import stats
 
+if __name__ == "__main__":  # a script's own folder comes first; put the root there
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-def rows_of(run: Path) -> list[Row]:
-    """The rows of a finished run: one per seed, and one of the data's own figures."""
-    try:
-        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        sys.exit(f"no finished run in {run}: {error}")
-    method = method_of(result["algorithm"], result["options"])
-    shared = {"dataset": result["dataset"], "commit": result["commit"] or ""}
-    shared |= {"step": result["step"], "episodes": result["eval_episodes"]}
-    rows = [
-        {"method": method, "seed": seed, **figures, **shared}
-        for seed, *values in zip(
-            *(result[k] for k in ("seeds", "returns", "scores", "success", "lengths")),
-            strict=True,
-        )
-        for figures in [
-            dict(zip(("return", "score", "success", "length"), values, strict=True))
-        ]
-    ]
-    if result["options"].get("best_fraction", 1) == 1:
-        rows.append({"method": "data", "seed": "", **shared, **result["data"]})
-        rows[-1] |= {"step": "", "episodes": ""}
-    return [{c: _cell(row.get(c)) for c in COLUMNS} for row in rows]
+from results import store, sweeps
+from results.store import Row
+from results.sweeps import EMBEDDED
+
+METHODS = ("data", "BC", "10%BC", "TD3+BC", "TD3-BST", "IQL", "IQL-BST")
+COMPARED = sweeps.ALL  # they enter every aggregate
+PLAIN = {  # options that leave a method what it is; also alpha = 0, see `is_plain`
+    "num_updates",
+    "num_morse_updates",
+    "eval_every",
+    "eval_episodes",
+    "policy_step",
+    "best_fraction",
+}
+RESAMPLES = 5_000
+NOT_YET = "No such runs yet."
+
+WHOSE = {  # by the beginning of a reference's source
+    "original papers": "original paper",
+    "CORL": "CORL",
+    "arXiv 2404.16399": "TD3-BST paper",
+}
 
 
-def method_of(algorithm: str, options: dict[str, Any]) -> str:
-    """The tables' name of what a run trained."""
-    method = {"td3_bst": "TD3-BST", "td3_bc": "TD3+BC", "iql_bst": "IQL-BST"}[algorithm]
-    if options.get("policy_step") == "awr":
-        method = "IQL"
-    if options.get("alpha") == 0:
-        method = "BC"
-    fraction = options.get("best_fraction", 1)
-    return method if fraction == 1 else f"{100 * fraction:g} % {method}"
+# ---------------------------------------------------------------------------- runs
 
 
-def _cell(value: object) -> str:
-    return (
-        "" if value is None else f"{value:.6g}" if type(value) is float else str(value)
+class Run(NamedTuple):
+    """One seed's training; `data` is a run without a seed."""
+
+    method: str
+    dataset: str
+    seed: str
+    options: dict[str, str]
+    code_hash: str
+    rows: list[Row]  # its evaluations in the order of their steps
+    place: int  # where in the file its last evaluation stands
+
+    @property
+    def step(self) -> int:
+        """Updates at the last evaluation; 0 of the data."""
+        return _step(self.rows[-1])
+
+
+def _step(row: Row) -> int:
+    return int(row["step"] or 0)
+
+
+def runs_of(rows: Iterable[Row]) -> list[Run]:
+    """The runs that rows of results belong to."""
+    groups: dict[tuple[str, ...], list[tuple[int, int, Row]]] = {}
+    for place, row in enumerate(rows):
+        names = ("algorithm", "options", "dataset", "seed", "code_hash")
+        key = tuple(row[name] for name in names)
+        groups.setdefault(key, []).append((_step(row), place, row))
+    runs = []
+    for (algorithm, _, dataset, seed, code), found in groups.items():
+        found.sort(key=lambda item: item[:2])
+        options = store.options_of(found[0][2])
+        method = store.method_of(algorithm, options)
+        own = [row for _, _, row in found]
+        runs.append(Run(method, dataset, seed, options, code, own, found[-1][1]))
+    return runs
+
+
+def is_plain(run: Run) -> bool:
+    """Whether the run is its method as it is, no ablation."""
+    alpha = float(run.options.get("alpha", 0))
+    return alpha == 0 and run.options.keys() <= PLAIN | {"alpha"}
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the last evaluation is at the number of updates asked for."""
+    return int(run.options.get("num_updates", run.step)) == run.step
+
+
+def one_per_seed(runs: Sequence[Run]) -> list[Run]:
+    """One run of each seed, in the seeds' order.
+
+    Of several, that of the code with most seeds; then that of the code, and at last
+    the run, that comes last in the file.
+    """
+    seeds: dict[str, set[str]] = {}
+    last: dict[str, int] = {}
+    for run in runs:
+        seeds.setdefault(run.code_hash, set()).add(run.seed)
+        last[run.code_hash] = max(run.place, last.get(run.code_hash, 0))
+
+    def rank(run: Run) -> tuple[int, int, int]:
+        return len(seeds[run.code_hash]), last[run.code_hash], run.place
+
+    found = {run.seed: run for run in sorted(runs, key=rank)}
+    return [found[seed] for seed in sorted(found, key=lambda s: int(s or -1))]
+
+
+def chosen(runs: Sequence[Run], method: str, dataset: str, step: int) -> list[Run]:
+    """The finished plain runs of a table's cell; the data have no step."""
+    step = 0 if method == "data" else step
+    own = [run for run in runs if (run.method, run.dataset) == (method, dataset)]
+    return one_per_seed(
+        [run for run in own if run.step == step and is_plain(run) and is_finished(run)]
     )
 
 
-def read() -> list[Row]:
-    """All rows of runs.csv."""
-    if not RUNS.exists():
-        return []
-    with RUNS.open(newline="", encoding="utf-8") as file:
+def largest_step(runs: Sequence[Run]) -> int:
+    """The largest number of updates that plain runs finished with."""
+    return max((r.step for r in runs if is_plain(r) and is_finished(r)), default=0)
+
+
+def sweep(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
+    """By dataset and lam, TD3-BST's runs with `--scale`, at their largest step."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        names = run.options.keys()
+        scaled = "scale" in names and names <= PLAIN | {"scale"}
+        if run.method == "TD3-BST" and scaled and is_finished(run):
+            found.setdefault(run.dataset, []).append(run)
+    sweeps: dict[str, dict[float, list[Run]]] = {}
+    for dataset, own in sorted(found.items()):
+        step = max(run.step for run in own)
+        by_lam: dict[float, list[Run]] = {}
+        for run in own:
+            if run.step == step:
+                by_lam.setdefault(float(run.options["scale"]), []).append(run)
+        sweeps[dataset] = {lam: one_per_seed(by_lam[lam]) for lam in sorted(by_lam)}
+    return sweeps
+
+
+def lam_labels(lams: Iterable[float]) -> dict[float, str]:
+    """k/10, k/2, k, 2k where the lams can only be those of a k; else numbers."""
+    names = {1.0: "2k", 0.5: "k", 0.25: "k/2", 0.05: "k/10"}  # by the share of 2k
+    lams = sorted(lams)
+    shares = {lam: round(lam / lams[-1], 6) for lam in lams}
+    k = lams[-1] / 2 if lams else 0.0
+    if (
+        k.is_integer()
+        and set(shares.values()) <= set(names)
+        and 0.05 in shares.values()
+    ):
+        return {lam: f"{names[shares[lam]]} = {lam:g}" for lam in lams}
+    return {lam: f"{lam:g}" for lam in lams}
+
+
+# ---------------------------------------------------------------------- statistics
+
+
+class Estimate(NamedTuple):
+    """A number with its 95 % interval; none where a dataset has a single seed."""
+
+    value: float
+    low: float | None
+    high: float | None
+    num_single: int  # datasets with one seed
+    num_datasets: int
+
+    def text(self, digits: int = 1) -> str:
+        """`51.2 [48.0, 55.1]`, or why there is no interval."""
+        value = f"{self.value:.{digits}f}"
+        if self.low is not None:
+            return f"{value} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        if self.num_datasets == 1:
+            return f"{value} (n = 1)"
+        plural = "s" if self.num_single > 1 else ""
+        return f"{value} (n = 1 in {self.num_single} dataset{plural})"
+
+
+def _estimate(
+    groups: Sequence[Sequence[np.ndarray]], statistic: Callable[..., np.ndarray]
+) -> Estimate:
+    """The statistic of all samples; `groups` holds each dataset's samples."""
+    samples = [sample for group in groups for sample in group]
+    value = float(statistic(*samples, axis=-1))
+    num_single = sum(min(map(len, group)) == 1 for group in groups)
+    if num_single:
+        return Estimate(value, None, None, num_single, len(groups))
+    interval = stats.bootstrap(
+        samples,
+        statistic,
+        n_resamples=RESAMPLES,
+        vectorized=True,
+        paired=False,  # each sample is resampled by itself: datasets are strata
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high), 0, len(groups))
+
+
+def iqm(strata: Sequence[np.ndarray]) -> Estimate:
+    """The mean of the middle half of all scores; `strata` has an (n,) per dataset."""
+
+    def statistic(*samples: np.ndarray, axis: int) -> np.ndarray:
+        pooled = np.concatenate(samples, axis=axis)
+        return stats.trim_mean(pooled, 0.25, axis=axis)
+
+    return _estimate([(sample,) for sample in strata], statistic)
+
+
+def improvement(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> Estimate:
+    """The probability that a run of x exceeds one of y; ties count half.
+
+    Mann and Whitney's U / (n m), averaged over datasets; a stratum each.
+    """
+
+    def statistic(*samples: np.ndarray, axis: int) -> np.ndarray:
+        assert axis == -1  # the resamples, if any, come before it
+        wins = []
+        for a, b in zip(samples[::2], samples[1::2], strict=True):
+            difference = a[..., :, None] - b[..., None, :]
+            wins.append((np.sign(difference) / 2 + 0.5).mean((-2, -1)))
+        return np.mean(wins, axis=0)
+
+    return _estimate(list(zip(x, y, strict=True)), statistic)
+
+
+def values(runs: Sequence[Run], column: str, factor: float = 1.0) -> np.ndarray:
+    """The column at each run's last evaluation, (n,); runs without a value left out."""
+    found = np.array([float(run.rows[-1][column] or "nan") for run in runs])
+    return factor * found[~np.isnan(found)]
+
+
+def spread(runs: Sequence[Run], column: str, factor: float = 1.0) -> str:
+    """`mean ± sd (n = 3)`; without sd where there is one value, without n for data."""
+    sample = values(runs, column, factor)
+    if not len(sample):
+        return "-"
+    mean = f"{sample.mean():.1f}"
+    if runs[0].method == "data":
+        return mean
+    if len(sample) == 1:
+        return f"{mean} (n = 1)"
+    return f"{mean} ± {sample.std(ddof=1):.1f} (n = {len(sample)})"
+
+
+# -------------------------------------------------------------------------- tables
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    every = [head, ["---"] * len(head), *lines]
+    made = ["| " + " | ".join(line) + " |" for line in every]
+    made[1] = made[1].replace(" ", "")
+    return "\n".join(made)
+
+
+def quick_table(rows: Sequence[Row], step: int = 10_000) -> str:
+    """Success and steps on the embedded maze after `step` updates, a line a method."""
+    runs = runs_of(rows)
+    base = values(chosen(runs, "BC", EMBEDDED, step), "length")
+    lines = []
+    for method in METHODS:
+        own = chosen(runs, method, EMBEDDED, step)
+        steps = values(own, "length")
+        if not own:
+            continue
+        line = [method, spread(own, "success", 100), spread(own, "length"), "-", "-"]
+        if method != "data" and len(steps):
+            line[3] = iqm([steps]).text()
+            if method != "BC" and len(base):
+                line[4] = improvement([-steps], [-base]).text(2)
+        lines.append(line)
+    head = ["method", "success, %", "steps to the goal"]
+    head += ["IQM of steps [95 %]", "P(fewer steps than BC) [95 %]"]
+    return _markdown(head, lines) if lines else NOT_YET
+
+
+def score_table(
+    rows: Sequence[Row],
+    datasets: Sequence[str],
+    step: int,
+    methods: Sequence[str] = METHODS,
+) -> str:
+    """Scores after `step` updates, a line per dataset; two of the embedded maze."""
+    runs = runs_of(rows)
+    lines = [(name, name, "score") for name in datasets if name != EMBEDDED]
+    if EMBEDDED in datasets:
+        lines.append((EMBEDDED, "embedded maze, success %", "score"))
+        lines.append((EMBEDDED, "embedded maze, steps", "length"))
+    cells = [
+        [label, *(spread(chosen(runs, m, name, step), column) for m in methods)]
+        for name, label, column in lines
+    ]
+    return _markdown(["dataset", *methods], cells)
+
+
+def standins(rows: Iterable[Row]) -> list[str]:
+    """The stand-in datasets among the rows."""
+    return sorted({r["dataset"] for r in rows if r["dataset"].startswith("standin/")})
+
+
+def standin_table(rows: Sequence[Row], step: int = 100_000) -> str:
+    """Scores on the stand-ins and the embedded maze after `step` updates."""
+    return score_table(rows, [*standins(rows), EMBEDDED], step)
+
+
+def aggregate_table(
+    rows: Sequence[Row], step: int = 100_000, datasets: Sequence[str] | None = None
+) -> str:
+    """IQM, mean and P(TD3-BST > method) over the datasets that all COMPARED have run.
+
+    Args:
+        rows: of results.
+        step: the number of updates.
+        datasets: those that may enter; if not given, all but the embedded maze.
+    """
+    runs = runs_of(rows)
+    if datasets is None:
+        datasets = sorted({run.dataset for run in runs} - {EMBEDDED})
+    scores = {
+        method: {
+            name: values(chosen(runs, method, name, step), "score") for name in datasets
+        }
+        for method in METHODS
+    }
+    common = [n for n in datasets if all(len(scores[m][n]) for m in COMPARED)]
+    if not common:
+        return f"No dataset has runs of all of {', '.join(COMPARED)} yet."
+    lines = []
+    ours = [scores["TD3-BST"][name] for name in common]
+    for method in METHODS[1:]:
+        own = [scores[method][name] for name in common]
+        if all(map(len, own)):
+            wins = "-" if method == "TD3-BST" else improvement(ours, own).text(2)
+            mean = np.mean([sample.mean() for sample in own])
+            lines.append([method, iqm(own).text(), f"{mean:.1f}", wins])
+    head = ["method", "IQM of score [95 %]", "mean", "P(TD3-BST > method) [95 %]"]
+    names = ", ".join(f"`{name}`" for name in common)
+    return f"Over {names}, which all methods have run:\n\n{_markdown(head, lines)}"
+
+
+def ablation_table(rows: Sequence[Row]) -> str:
+    """TD3-BST at each of the sweep's lam, a line per dataset and lam; data first."""
+    runs = runs_of(rows)
+    found = sweep(runs)
+    in_maze = any(row["success"] for row in rows if row["dataset"] in found)
+    lines = []
+    for dataset, by_lam in found.items():
+        labels = lam_labels(by_lam)
+        data = chosen(runs, "data", dataset, 0)
+        groups = [(data, "data")] if data else []
+        groups += [(by_lam[lam], labels[lam]) for lam in by_lam]
+        for own, label in groups:
+            updates = f"{own[0].step:,}" if own[0].step else "-"
+            cells = [dataset, label, updates, spread(own, "score")]
+            if in_maze:
+                maze = own[0].rows[-1]["success"]
+                cells.append(spread(own, "length") if maze else "-")
+            lines.append(cells)
+    head = ["dataset", "lam", "updates", "score"]
+    if in_maze:
+        head[-1] += " (mazes: success, %)"
+        head.append("steps to the goal")
+    return _markdown(head, lines) if lines else NOT_YET
+
+
+# ---------------------------------------------------------- beside published numbers
+
+
+def read_references(path: Path) -> list[Row]:
+    """Published scores: dataset, method, score, sd, evidence, source."""
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def add(runs: Sequence[Path]) -> None:
-    """Puts the runs' rows into runs.csv, sorted; the newer of two equal keys stays."""
-    merged = {tuple(row[k] for k in KEY): row for row in read()}
-    for run in runs:
-        merged |= {tuple(row[k] for k in KEY): row for row in rows_of(run)}
-    with RUNS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row for _, row in sorted(merged.items()))
+def _reference(row: Mapping[str, str]) -> str:
+    """`60.4 ± 3.5 (read, CORL)`."""
+    begins = [
+        whose for begin, whose in WHOSE.items() if row["source"].startswith(begin)
+    ]
+    number = f"{float(row['score']):.1f}"
+    if row["sd"]:
+        number += f" ± {float(row['sd']):.1f}"
+    return f"{number} ({row['evidence']}, {(begins or [row['source']])[0]})"
 
 
-def spread(rows: Sequence[Row], column: str, factor: float = 1.0) -> str:
-    """`mean +- sd (n)` of a column; without sd where there is one value."""
-    values = [factor * float(row[column]) for row in rows if row[column]]
-    if not values:
-        return "-"
-    mean = f"{statistics.mean(values):.1f}"
-    if rows[0]["method"] == "data":
-        return mean
-    if len(values) == 1:
-        return f"{mean} (n = 1)"
-    return f"{mean} ± {statistics.stdev(values):.1f} (n = {len(values)})"
+def _official(
+    rows: Sequence[Row],
+    references: Sequence[Mapping[str, str]],
+    datasets: Mapping[str, Sequence[str]],
+) -> str:
+    """A line per dataset and method; `datasets` has the references' names of each."""
+    runs, lines = runs_of(rows), []
+    for dataset, names in datasets.items():
+        for method in COMPARED:
+            algorithm, options = sweeps.METHODS[method]
+            own = spread(chosen(runs, method, dataset, 1_000_000), "score")
+            published = [
+                _reference(row)
+                for row in references
+                if row["method"] == method and row["dataset"] in names
+            ]
+            command = store.command(algorithm, {**options, "num_seeds": "5"}, dataset)
+            ours = "not run here" if own == "-" else own
+            line = [dataset, method, ours, "; ".join(published) or "-", f"`{command}`"]
+            lines.append(line)
+    return _markdown(["dataset", "method", "ours", "published", "command"], lines)
 
 
-def chosen(rows: Sequence[Row], method: str, dataset: str, step: int) -> list[Row]:
-    """The method's rows at this number of updates; the data have none."""
-    key = (method, dataset, "" if method == "data" else str(step))
-    return [r for r in rows if (r["method"], r["dataset"], r["step"]) == key]
+def official_table(rows: Sequence[Row], references: Sequence[Mapping[str, str]]) -> str:
+    """D4RL's nine -v2 locomotion sets, after 1,000,000 updates."""
+    return _official(rows, references, {name: [name] for name in sweeps.D4RL})
 
 
-def embedded_table(rows: Sequence[Row]) -> str:
-    """Success and steps on the embedded maze by the default run, a line per method."""
-    lines = ["| method | success, % | steps to the goal |", "|---|---|---|"]
-    for method in METHODS:
-        own = chosen(rows, method, EMBEDDED, 20_000)
-        if own:
-            cells = spread(own, "success", 100), spread(own, "length")
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def official_antmaze_table(
+    rows: Sequence[Row], references: Sequence[Mapping[str, str]]
+) -> str:
+    """Minari's AntMaze sets beside what was published on D4RL's."""
+    names = {}
+    for dataset in sweeps.ANTMAZE:
+        maze = "antmaze-" + dataset.removeprefix("D4RL/antmaze/").removesuffix("-v1")
+        names[dataset] = [maze, f"{maze}-v2"]
+    table = _official(rows, references, names)
+    return (
+        "Ours would be on Minari's `D4RL/antmaze/*-v1`: new roll-outs, not the D4RL "
+        "-v2 data\non which the published numbers were measured, and evaluated in "
+        "another environment. The\ntwo columns stand side by side; neither reproduces "
+        f"the other.\n\n{table}"
+    )
 
 
-def standin_table(rows: Sequence[Row]) -> str:
-    """Scores after 100,000 updates on the stand-ins and the embedded maze."""
-    lines = ["| dataset | " + " | ".join(METHODS) + " |"]
-    lines.append("|---" * (len(METHODS) + 1) + "|")
-    names = sorted({r["dataset"] for r in rows if r["dataset"].startswith("standin/")})
-    columns = [(name, name, "score") for name in names]
-    columns.append((EMBEDDED, "embedded maze, success %", "score"))
-    columns.append((EMBEDDED, "embedded maze, steps", "length"))
-    for dataset, label, column in columns:
-        cells = [
-            spread(chosen(rows, method, dataset, 100_000), column) for method in METHODS
-        ]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+# --------------------------------------------------------------------------- pages
 
 
-def with_tables(text: str) -> str:
-    """The README's text with each table between its markers made anew."""
-    rows = read()
-    for name, table in (("embedded", embedded_table), ("standins", standin_table)):
+def report(rows: Sequence[Row], name: str) -> str:
+    """A sweep's report: quick, locomotion, antmaze or ablation-scale."""
+    runs = runs_of(rows)
+    step = largest_step(runs)
+    if name == "ablation-scale":
+        return ablation_table(rows)
+    if name not in ("quick", "locomotion", "antmaze"):
+        raise ValueError(
+            f"expected quick, locomotion, antmaze or ablation-scale, got {name}"
+        )
+    about = f"After {step:,} updates: last evaluation, mean ± sample sd over seeds."
+    if name == "quick" and {run.dataset for run in runs} == {EMBEDDED}:
+        return f"{about}\n\n{quick_table(rows, step)}"
+    datasets = sorted({run.dataset for run in runs})
+    methods = [m for m in METHODS if any(run.method == m for run in runs)]
+    table = score_table(rows, datasets, step, methods)
+    return f"{about}\n\n{table}\n\n{aggregate_table(rows, step)}"
+
+
+def pages(
+    rows: Sequence[Row], references: Sequence[Mapping[str, str]]
+) -> dict[str, dict[str, str]]:
+    """The tables of each page, by marker."""
+    both = f"{standin_table(rows)}\n\n{aggregate_table(rows, datasets=standins(rows))}"
+    return {
+        "README.md": {
+            "quick": quick_table(rows),
+            "standins": both,
+            "ablation": ablation_table(rows),
+        },
+        "results/README.md": {
+            "official": official_table(rows, references),
+            "official-antmaze": official_antmaze_table(rows, references),
+        },
+    }
+
+
+def with_tables(text: str, tables: Mapping[str, str]) -> str:
+    """The page with each table between its markers; other markers stay as they are.
+
+    Raises:
+        ValueError: a table's markers are not there, once and in order.
+    """
+    for name, table in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"expected one pair of the markers {begin} and {end}")
         head, rest = text.split(begin)
-        text = f"{head}{begin}\n{table(rows)}\n{end}{rest.split(end)[1]}"
+        if end not in rest:
+            raise ValueError(f"expected {begin} before {end}")
+        text = f"{head}{begin}\n{table}\n{end}{rest.split(end)[1]}"
     return text
 
 
-def main() -> None:
-    """Adds runs, writes the tables, or checks them."""
+def update(root: Path, check: bool) -> None:
+    """Writes the tables into the pages, or exits if a page has others."""
+    rows = store.read(root / "results" / "runs.csv")
+    references = read_references(root / "results" / "reference_scores.csv")
+    made = {}
+    for name, tables in pages(rows, references).items():
+        text = (root / name).read_text(encoding="utf-8")
+        try:
+            made[name] = with_tables(text, tables)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if check and made[name] != text:
+            raise ValueError(
+                f"{name} differs from results/runs.csv: run results/tables.py"
+            )
+    for name, text in made.items():
+        if not check:
+            (root / name).write_text(text, encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None, root: Path = store.ROOT) -> None:
+    """Writes the tables, or checks them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("add", nargs="*", help="the word add, then run folders")
     parser.add_argument("--check", action="store_true", help="write nothing")
-    args = parser.parse_args()
-    if args.add[:1] not in ([], ["add"]):
-        parser.error(f"expected `add RUN ...`, got {args.add[0]!r}")
-    add([Path(run) for run in args.add[1:]])
-    text = README.read_text(encoding="utf-8")
-    made = with_tables(text)
-    if args.check and made != text:
-        sys.exit(
-            "README.md's tables differ from results/runs.csv: run results/tables.py"
-        )
-    README.write_text(made, encoding="utf-8")
+    args = parser.parse_args(argv)
+    try:
+        update(root, args.check)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{error}")
 
 
 if __name__ == "__main__":

@@ -1011,5 +1011,7 @@ def test_best_keeps_whole_episodes_of_highest_return(tmp_path: Path):
     assert four.obs[-1, 0] == 14
     assert datasets.best(whole, 0.01).obs[:, 0].tolist() == [3, 4, 5]  # at least one
     assert datasets.best(whole, 1.0) is whole
+    many = dataclasses.replace(whole, episode=np.arange(15))
+    assert len(datasets.best(many, 7 / 15 - 1e-12).obs) == 7  # rounding is not a loss
     prints = {d.fingerprint for d in (whole, two, three, four)}
     assert len(prints) == 4

@@ -53,6 +53,7 @@ AWR = dataclasses.replace(SMALL, policy_step="awr", actor_decay_updates=20)
 # by a bias of 10 that the output's bias takes off again.
 HAND = dataclasses.replace(AWR, hidden_dims=(1,))
 KEY = jax.random.key(0)
+TAU = 0.7
 
 init = jax.jit(iql_bst.init, static_argnums=(1, 2, 3))
 awr_grad = jax.jit(jax.grad(iql_bst.awr_loss, has_aux=True), static_argnames="config")
@@ -293,7 +294,7 @@ def test_published_rewards_and_observations():
     ],
 )
 def test_expectile_loss(tau: float, losses: list[float]):
-    got = iql_bst.expectile_loss(f32([-2, -0.5, 0, 1, 3]), tau)
+    got = iql_bst.expectile_loss(f32([-2, -0.5, 0, 1, 3]), f32(tau))
     assert np.asarray(got) == pytest.approx(losses, abs=1e-6)
 
 
@@ -302,7 +303,7 @@ def test_value_loss():
     # .7 * 1 + .3 * .25 + .7 * .25 = .95, mean .316667. The gradient of V's constant:
     # -2 (.7 * 1 - .3 * .5 + .7 * .5) / 3 = -.6.
     batch, q = transitions([0, 1, 2]), f32([1, 0.5, 2.5])
-    grad, metrics = value_grad(value_net(1, 0), batch, q, HAND)
+    grad, metrics = value_grad(value_net(1, 0), batch, q, f32(0.7), HAND)
     assert float(metrics["value_loss"]) == pytest.approx(0.316667, abs=1e-5)
     assert float(metrics["v"]) == pytest.approx(1.0, abs=1e-5)
     assert last_bias(grad) == pytest.approx(-0.6, abs=1e-5)
@@ -310,7 +311,9 @@ def test_value_loss():
 
 def test_value_loss_refuses_a_column():
     with pytest.raises(AssertionError):
-        iql_bst.value_loss(value_net(0, 0), transitions([0, 0]), jnp.ones((2, 1)), HAND)
+        iql_bst.value_loss(
+            value_net(0, 0), transitions([0, 0]), jnp.ones((2, 1)), f32(0.7), HAND
+        )
 
 
 @pytest.mark.parametrize(
@@ -326,10 +329,9 @@ def test_value_loss_refuses_a_column():
 def test_value_loss_is_smallest_at_the_expectile(
     tau: float, q: list[float], expectile: float
 ):
-    config = dataclasses.replace(HAND, expectile=tau)
     batch = transitions([0.0] * len(q))
     below, at, above = (
-        last_bias(value_grad(value_net(0, constant), batch, f32(q), config)[0])
+        last_bias(value_grad(value_net(0, constant), batch, f32(q), f32(tau), HAND)[0])
         for constant in (expectile - 0.1, expectile, expectile + 0.1)
     )
     assert below < -0.01
@@ -346,7 +348,7 @@ def test_update_value_fits_the_smaller_target_of_each_row():
         value=value,
         value_opt=iql_bst.optimizers(HAND)[2].init(value),
     )
-    stepped, metrics = update_value(agent, transitions([0, 0.7], 0.2), HAND)
+    stepped, metrics = update_value(agent, transitions([0, 0.7], 0.2), f32(0.7), HAND)
     assert float(metrics["value_loss"]) == pytest.approx(0.0175, abs=1e-5)
     assert last_bias(stepped.value) == pytest.approx(-9.97, abs=1e-5)
 
@@ -600,7 +602,7 @@ def test_each_step_changes_only_its_own(step: str):
     agent, bst = random_agent(0, config)
     batch = batch_of(1)
     for stepped, own in [
-        (update_value(agent, batch, config)[0], {"value", "value_opt"}),
+        (update_value(agent, batch, TAU, config)[0], {"value", "value_opt"}),
         (update_actor(agent, bst, batch, config)[0], {"actor", "actor_opt"}),
         (
             update_critics(agent, batch, config)[0],
@@ -636,12 +638,12 @@ def test_update_is_its_parts(step: str):
     agent, bst = random_agent(0, config)
     data = batch_of(1, 50)
     batch = iql_bst.sample(data, jax.random.fold_in(KEY, 6), 16)
-    expected, value_metrics = update_value(agent, batch, config)
+    expected, value_metrics = update_value(agent, batch, TAU, config)
     target = iql_bst.td_target(expected, batch, config)
     loss, _ = critic_loss(agent.critics, batch, target, config)
     expected, actor_metrics = update_actor(expected, bst, batch, config)
     expected, critic_metrics = update_critics(expected, batch, config)
-    got, metrics = update(agent, bst, data, KEY, jnp.int32(6), config)
+    got, metrics = update(agent, bst, TAU, data, KEY, jnp.int32(6), config)
 
     assert_same(got, expected, tolerance=1e-5)
     assert_same(metrics, value_metrics | actor_metrics | critic_metrics, tolerance=1e-5)
@@ -657,16 +659,16 @@ def trained(request: pytest.FixtureRequest):
     config = config_of(request.param)
     agent, bst = random_agent(0, config)
     data = batch_of(1, 50)
-    result = train(agent, bst, data, KEY, jnp.int32(0), 20, config)
+    result = train(agent, bst, TAU, data, KEY, jnp.int32(0), 20, config)
     return config, (agent, bst, data), result
 
 
 def test_two_chunks_equal_one(trained):
     config, (agent, bst, data), (whole, metrics) = trained
-    half, first = train(agent, bst, data, KEY, jnp.int32(0), 10, config)
+    half, first = train(agent, bst, TAU, data, KEY, jnp.int32(0), 10, config)
     # What a resumed run starts from: numpy arrays that have been away.
     half = jax.tree.map(lambda x: jnp.asarray(np.array(x)), half)
-    both, second = train(half, bst, data, KEY, jnp.int32(10), 10, config)
+    both, second = train(half, bst, TAU, data, KEY, jnp.int32(10), 10, config)
     assert_same(both, whole)
     for name in metrics.keys() - {"omega_max"}:
         mean = (first[name] + second[name]) / 2
@@ -677,7 +679,9 @@ def test_train_is_update_repeated(trained):
     config, (agent, bst, data), (whole, metrics) = trained
     seen = []
     for step in range(20):
-        agent, step_metrics = update(agent, bst, data, KEY, jnp.int32(step), config)
+        agent, step_metrics = update(
+            agent, bst, TAU, data, KEY, jnp.int32(step), config
+        )
         seen.append(step_metrics)
     assert_same(agent, whole, tolerance=1e-4)
     assert set(metrics) == set(seen[0])
@@ -699,7 +703,7 @@ def test_metrics_are_those_of_the_policy_step(trained):
 def test_the_actor_rests_when_its_decay_has_ended(trained):
     # AWR's rate ends at update 20; BST's never does.
     config, (_, bst, data), (whole, _) = trained
-    stepped, _ = update(whole, bst, data, KEY, jnp.int32(20), config)
+    stepped, _ = update(whole, bst, TAU, data, KEY, jnp.int32(20), config)
     name = "Dense_0"
     new, old = (x.actor["params"][name]["kernel"] for x in (stepped, whole))
     assert np.array_equal(new, old) == (config.policy_step == "awr")

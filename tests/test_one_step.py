@@ -154,7 +154,7 @@ def test_td3_bc_actor_step(td3bc):
         return float(error - 1.5 * q_of(actor).mean() / z_q)
 
     stepped, metrics = jax.jit(partial(td3_bc.update_actor, config=TD3_BC))(
-        agent, batch
+        agent, TD3_BC.alpha, batch
     )
     actor, opt = reference.actor, agent.actor_opt
     check_step(loss, actor, opt, 0.1, stepped.actor, metrics, "actor")
@@ -220,7 +220,9 @@ def test_iql_value_step(iql):
     q = numpy_target_q(reference, rows)
     signs = np.sign(q - numpy_value(reference.value, rows.obs))
     assert len(set(signs)) == 2  # both branches are seen
-    stepped, metrics = jax.jit(partial(iql_bst.update_value, config=IQL))(agent, batch)
+    stepped, metrics = jax.jit(partial(iql_bst.update_value, config=IQL))(
+        agent, batch, IQL.expectile
+    )
     check_step(
         lambda value: numpy_value_loss(value, q, rows),
         reference.value,
@@ -278,7 +280,7 @@ def test_iql_update_takes_the_steps_in_order(iql):
     nobody: Any = None
     config = dataclasses.replace(IQL, batch_size=16)
     step = jax.jit(partial(iql_bst.update, config=config))
-    stepped, _ = step(agent, nobody, data, KEY, jnp.int32(7))
+    stepped, _ = step(agent, nobody, IQL.expectile, data, KEY, jnp.int32(7))
 
     batch = iql_bst.sample(data, jax.random.fold_in(KEY, 7), 16)
     rows = to_numpy(batch)

@@ -201,8 +201,8 @@ def train_td3_bc(keys, data: Any, config: td3_bc.Config, num_updates=2000):
     def one_seed(key):
         key_init, key_train = jax.random.split(key)
         agent = td3_bc.init(key_init, 1, 1, config)
-        start = jnp.int32(0)
-        return td3_bc.train(agent, data, key_train, start, num_updates, config)
+        args = (data, key_train, jnp.int32(0), num_updates, config)
+        return td3_bc.train(agent, f32(config.alpha), *args)
 
     return jax.vmap(one_seed)(keys)
 
@@ -289,8 +289,8 @@ def train_iql(keys, data: Any, morse_params, config: iql_bst.Config, num_updates
         key_init, key_train = jax.random.split(key)
         agent = iql_bst.init(key_init, 1, 1, config)
         bst = iql_bst.Supervisor(params, f32(2.0), f32(config.mu))
-        start = jnp.int32(0)
-        return iql_bst.train(agent, bst, data, key_train, start, num_updates, config)
+        args = (data, key_train, jnp.int32(0), num_updates, config)
+        return iql_bst.train(agent, bst, f32(config.expectile), *args)
 
     return jax.vmap(one_seed)(keys, morse_params)
 

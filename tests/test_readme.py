@@ -118,7 +118,7 @@ def test_policy_loader_acts_as_the_jax_policy(tmp_path):
     low, high = np.array([-2.0, 0.0]), np.array([2.0, 0.4])
     lanes = jax.tree.map(lambda x: np.asarray(x)[None], actor)
     policy = rollout.NumpyPolicy(rollout.layers_of(lanes), mean, std, low, high)
-    rollout.export(tmp_path, policy, [7], {})
+    rollout.export(tmp_path, policy, ["seed7"], {})
     obs = rng.normal(size=(20, 3))
     box = np.asarray(
         td3_bst.policy(actor, jax.numpy.asarray((obs - mean) / std), config)

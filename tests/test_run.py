@@ -162,6 +162,52 @@ def test_evaluation_off_without_an_environment(capsys, tmp_path, arrays_file):
     assert [r["return"] for r in read_log(folder)] == [""]
 
 
+@pytest.mark.parametrize(
+    ("script", "sweep", "values"),
+    [
+        (td3_bst, "scale", (0.5, 2.0)),
+        (td3_bst, "mu", (0.1, 1.0)),
+        (td3_bc, "alpha", (0.0, 2.5)),
+        (iql_bst, "expectile", (0.6, 0.95)),
+    ],
+)
+def test_a_swept_lane_is_the_run_of_its_own(
+    script, sweep, values, capsys, tmp_path, arrays_file
+):
+    net = NARROW[:3] if script is td3_bc else NARROW
+    if script is iql_bst:  # a value that moves fast, so that its expectile shows
+        net = [*net, "--policy-step", "awr", "--value-learning-rate", "0.03"]
+    args = ["--dataset", str(arrays_file), "--num-updates", "40", "--batch-size", "16"]
+    args += ["--num-morse-updates", "40", *net, "--run-dir", str(tmp_path)]
+
+    def folder_of(*more: str) -> Path:
+        script.main([*args, *more])
+        return Path(capsys.readouterr().out.splitlines()[-1])
+
+    text = ",".join(map(str, values))
+    group = folder_of("--num-seeds", "2", "--sweep", f"{sweep}={text}")
+    result = json.loads((group / "result.json").read_text())
+    assert result["seeds"] == [0, 1, 0, 1]
+    assert result["swept"] == {sweep: [x for x in values for _ in range(2)]}
+    log = [(float(row[sweep]), int(row["seed"])) for row in read_log(group)]
+    assert log == [(value, seed) for value in values for seed in (0, 1)]
+    policies = []
+    for value in values:
+        alone = folder_of("--seed", "1", f"--{sweep}", str(value))
+        expected = load_file(alone / "policy" / "seed1.safetensors")
+        found = load_file(group / "policy" / f"{sweep}{value:g}-seed1.safetensors")
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
+        policies.append(found["layer0.weight"])
+    assert np.abs(policies[0] - policies[1]).max() > 1e-4
+    if sweep == "scale":  # each with a Morse network of its own, to be taken up again
+        again = folder_of("--sweep", f"scale={text}", "--morse", str(group))
+        (losses,) = {
+            tuple(json.loads((again / "result.json").read_text())["morse_loss"])
+        }
+        assert list(losses) == result["morse_loss"][::2]
+
+
 def test_a_maze_is_scored_by_success(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = maze.ensure(EMBEDDED, 5)
@@ -279,10 +325,12 @@ def test_iql_refuses_to_train_past_the_end_of_its_decay(capsys, tmp_path, arrays
     ("script", "extra"),
     [
         (td3_bc, ["--alpha", "1"]),
+        (td3_bc, ["--sweep", "alpha=0,1"]),
         (iql_bst, ["--policy-step", "awr"]),
         (iql_bst, ["--policy-step", "bst"]),
+        (iql_bst, ["--sweep", "scale=1,2"]),
     ],
-    ids=["td3_bc", "awr", "bst"],
+    ids=["td3_bc", "td3_bc-sweep", "awr", "bst", "bst-sweep"],
 )
 def test_a_sibling_resumed_half_way_is_bit_identical(
     script, extra, capsys, tmp_path, arrays_file
@@ -497,6 +545,11 @@ def test_help_is_grouped_and_flags_are_bare():
         (["--best-fraction", "0"], "best_fraction must lie in (0, 1], got 0.0"),
         (["--num-seeds", "0"], "num_seeds must be at least 1, got 0"),
         (["--scale", "-1"], "scale must be above 0, got -1.0"),
+        (["--sweep", "mu=.1,-3"], "mu must be at least 0.02, got -3.0"),
+        (["--sweep", "alpha=1"], "--sweep cannot vary 'alpha', only mu and scale"),
+        (["--sweep", "mu"], "sweep expects NAME=VALUE,VALUE,..., got 'mu'"),
+        (["--sweep", "mu=.1,.2,.1"], "sweep names a value of mu twice"),
+        (["--sweep", "mu=.1", "mu=.2"], "sweep names mu twice"),
         (["--dataset", "no/such"], "no/such"),
         (["--resume", "nowhere"], "nowhere"),
         (["--learning-rate", "1"], "learning-rate"),

@@ -9,11 +9,12 @@ TD3_BC = {
     "Config": "alpha instead of mu, scale and the Morse network",
     "LOCOMOTION": "mu",
     "POINTMAZE": "mu",
+    "TRACED": "alpha",
     "resolve": "the scale's default",
     "actor_loss": "the objective",
-    "update_actor": "hands the supervisor on",
-    "update": "hands the supervisor on",
-    "train": "hands the supervisor on, the largest omega",
+    "update_actor": "hands alpha on, not the supervisor",
+    "update": "hands alpha on, not the supervisor",
+    "train": "hands alpha on, not the supervisor; the largest omega",
     "main": "the Morse network",
 }
 IQL_BST = {
@@ -22,6 +23,7 @@ IQL_BST = {
     "POINTMAZE": "IQL's settings",
     "MAZE": "IQL's settings",
     "DEFAULTS": "IQL's settings",
+    "TRACED": "the expectile",
     "resolve": "rewards scaled by the returns' range, the actor's decay",
     "AgentState": "a value, no target actor",
     "dense": "IQL's initialisation",

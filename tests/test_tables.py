@@ -1,44 +1,449 @@
-"""What results/tables.py calls a run, and which rows a table shows."""
+"""Which rows a table shows, and its statistics against numbers worked out by hand."""
 
-from typing import Any
+import re
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import mannwhitneyu
 
-from results import tables
+from results import figures, store, tables
+
+HOPPER, CHEETAH = "standin/mujoco/hopper/medium-v0", "standin/mujoco/halfcheetah"
+OPTIONS = {  # of each method, less the number of updates
+    "BC": ("td3_bc", {"alpha": 0}),
+    "10%BC": ("td3_bc", {"alpha": 0, "best_fraction": 0.1}),
+    "TD3+BC": ("td3_bc", {}),
+    "TD3-BST": ("td3_bst", {}),
+    "IQL": ("iql_bst", {"policy_step": "awr", "num_morse_updates": 0}),
+    "IQL-BST": ("iql_bst", {"policy_step": "bst"}),
+}
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "options", "method"),
-    [
-        ("td3_bst", {}, "TD3-BST"),
-        ("td3_bc", {"alpha": 2.5}, "TD3+BC"),
-        ("td3_bc", {"alpha": 0.0}, "BC"),
-        ("td3_bc", {"alpha": 0.0, "best_fraction": 0.1}, "10 % BC"),
-        ("iql_bst", {"policy_step": "bst", "best_fraction": 1.0}, "IQL-BST"),
-        ("iql_bst", {"policy_step": "awr"}, "IQL"),
-    ],
-)
-def test_a_run_is_named_by_its_method(algorithm: str, options: dict, method: str):
-    assert tables.method_of(algorithm, options) == method
+def data(dataset: str, score: float, length: float = 9.0) -> store.Row:
+    row = dict.fromkeys(store.COLUMNS, "")
+    row |= {"algorithm": "data", "dataset": dataset, "length": str(length)}
+    return row | {"score": str(score), "success": str(score / 100)}
+
+
+def row(
+    method: str,
+    dataset: str,
+    seed: int,
+    score: float,
+    step: int = 100_000,
+    code: str = "c",
+    length: float = 9.0,
+    **options: object,
+) -> store.Row:
+    algorithm, own = OPTIONS[method]
+    given = {"num_updates": step, **own, **options}
+    return data(dataset, score, length) | {
+        "algorithm": algorithm,
+        "options": store.options_text(given),
+        "seed": str(seed),
+        "step": str(step),
+        "code_hash": code,
+    }
+
+
+def cells(table: str, first: str) -> list[str]:
+    """The cells of the line that begins with `first`."""
+    lines = [[c.strip() for c in x.strip("|").split("|")] for x in table.splitlines()]
+    (line,) = [line[1:] for line in lines if line[0] == first]
+    return line
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_a_run_is_named_by_its_method(method: str):
+    (run,) = tables.runs_of([row(method, HOPPER, 0, 1.0)])
+    assert run.method == method
     assert method in tables.METHODS
+    assert tables.is_plain(run)
 
 
-def test_standins_stand_apart():
-    def row(method: str, dataset: str, step: str, score: float) -> dict[str, Any]:
-        return dict(
-            method=method, dataset=dataset, step=step, score=str(score), length="9"
-        )
+# ---------------------------------------------------------------------- statistics
 
-    name = "standin/mujoco/hopper/medium-v0"
+
+def test_interquartile_mean():
+    # 1 of 4 goes at either end: (2 + 3) / 2
+    assert tables.iqm([np.array([3.0, 100.0, 1.0, 2.0])]).value == 2.5
+    # 2 of 8, pooled: 0 1 | 2 3 10 20 | 30 1000
+    pooled = tables.iqm([np.arange(4.0), np.array([10.0, 20.0, 30.0, 1000.0])])
+    assert pooled.value == 35 / 4
+    # of 3 none: int(3 / 4) = 0
+    assert tables.iqm([np.array([1.0, 2.0, 6.0])]).value == 3.0
+
+
+def test_interval_contains_the_estimate_and_uses_uneven_seeds():
+    rng = np.random.default_rng(1)
+    strata = [rng.normal(50, 10, 5), rng.normal(20, 3, 3)]
+    made = tables.iqm(strata)
+    assert made.low is not None
+    assert made.high is not None
+    assert made.low < made.value < made.high
+    assert tables.iqm(strata) == made  # the same numbers every time
+
+
+def test_interval_resamples_within_datasets_only():
+    # 5 5 5 7 7 7 less one at either end: (5 + 5 + 7 + 7) / 4. Seeds of a dataset
+    # agree, so nothing varies, though datasets differ.
+    same = tables.iqm([np.full(3, 5.0), np.full(3, 7.0)])
+    assert same == (6.0, 6.0, 6.0, 0, 2)
+
+
+def test_no_interval_where_a_dataset_has_one_seed():
+    one = tables.iqm([np.array([4.0, 5.0]), np.array([9.0])])
+    assert one == (6.0, None, None, 1, 2)
+    assert one.text() == "6.0 (n = 1 in 1 dataset)"
+    assert tables.iqm([np.array([9.0])]).text() == "9.0 (n = 1)"
+    wins = tables.improvement(
+        [np.array([1.0]), np.array([1.0, 2.0])], [np.zeros(2), np.zeros(1)]
+    )
+    assert wins.text(2) == "1.00 (n = 1 in 2 datasets)"
+
+
+def test_probability_of_improvement():
+    low, high = np.array([1.0, 2.0]), np.array([3.0, 4.0, 5.0])
+    assert tables.improvement([high], [low]) == (1.0, 1.0, 1.0, 0, 1)
+    assert tables.improvement([low], [high]) == (0.0, 0.0, 0.0, 0, 1)
+    assert tables.improvement([np.ones(2)], [np.ones(3)]) == (0.5, 0.5, 0.5, 0, 1)
+    # (1, 3) against (2, 3): no, no, yes, tie: 1.5 / 4; with the dataset above: / 2
+    x, y = np.array([1.0, 3.0]), np.array([2.0, 3.0])
+    assert tables.improvement([x], [y]).value == 0.375
+    both = tables.improvement([x, high], [y, low])
+    assert both.value == (0.375 + 1) / 2
+    assert both.low is not None
+    assert both.high is not None
+    assert both.low < both.value < both.high
+    assert both.low >= 0.5  # the second dataset's 1 never varies
+
+
+def test_probability_is_that_of_mann_and_whitney():
+    rng = np.random.default_rng(2)
+    x, y = rng.integers(0, 6, 7).astype(float), rng.integers(0, 5, 4).astype(float)
+    expected = mannwhitneyu(x, y).statistic / 28
+    assert tables.improvement([x], [y]).value == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------ selection
+
+
+def test_standins_stand_apart_and_the_last_evaluation_counts():
     rows = [
-        row("BC", name, "100000", 50.0),
-        row("BC", name, "100000", 53.0),
-        row("BC", name, "60000", 1.0),
-        row("data", name, "", 41.0),
-        row("BC", "hopper-medium-v2", "100000", 2.0),
+        row("BC", HOPPER, 0, 50.0),
+        row("BC", HOPPER, 0, 99.0, 60_000, num_updates=100_000),  # better, not last
+        row("BC", HOPPER, 1, 53.0),
+        row("BC", HOPPER, 2, 77.0, 60_000),  # another number of updates
+        row("BC", HOPPER, 3, 77.0, num_updates=200_000),  # on its way
+        row("BC", "hopper-medium-v2", 0, 2.0),
+        data(HOPPER, 41.0),
     ]
     table = tables.standin_table(rows)
     assert "hopper-medium-v2" not in table  # official data are never among them
-    (line,) = [x for x in table.splitlines() if name in x]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == [name, "41.0", "51.5 ± 2.1 (n = 2)", *["-"] * 5]
+    # mean 51.5, sd sqrt(2 * 1.5^2 / 1) = 2.12
+    assert cells(table, HOPPER) == ["41.0", "51.5 ± 2.1 (n = 2)", *["-"] * 5]
+
+
+def test_ablations_never_enter_a_method():
+    rows = [row("TD3-BST", HOPPER, 0, 10.0, eval_every=5000, eval_episodes=10)]
+    rows += [row("TD3-BST", HOPPER, 1, 90.0, scale=0.3)]
+    rows += [row("TD3-BST", HOPPER, 2, 90.0, mu=0.3)]
+    rows += [row("TD3+BC", HOPPER, 0, 90.0, alpha=10)]
+    table = tables.standin_table(rows)
+    assert cells(table, HOPPER)[3:5] == ["-", "10.0 (n = 1)"]
+    assert cells(table, HOPPER)[2] == "-"
+
+
+def test_no_seed_counts_twice():
+    rows = [row("IQL", HOPPER, seed, 10.0, code="old") for seed in (0, 1, 2)]
+    rows += [row("IQL", HOPPER, seed, 20.0, code="new") for seed in (0, 1)]
+    runs = tables.runs_of(rows)
+    found = tables.chosen(runs, "IQL", HOPPER, 100_000)
+    assert [(r.seed, r.code_hash) for r in found] == [(s, "old") for s in "012"]
+    # as many seeds of each: the later code; the other's only where it has none
+    rows += [row("IQL", HOPPER, 3, 20.0, code="new")]
+    found = tables.chosen(tables.runs_of(rows), "IQL", HOPPER, 100_000)
+    assert [r.code_hash for r in found] == ["new", "new", "old", "new"]
+    # of one code: the later run
+    twice = [row("BC", HOPPER, 0, 1.0), row("BC", HOPPER, 0, 2.0, eval_every=500)]
+    (run,) = tables.chosen(tables.runs_of(twice), "BC", HOPPER, 100_000)
+    assert run.rows[-1]["score"] == "2.0"
+
+
+def test_missing_values_are_no_seeds():
+    rows = [row("BC", HOPPER, seed, 30.0) for seed in (0, 1, 2)]
+    rows[1]["score"], rows[2]["score"] = "", "nan"
+    assert cells(tables.standin_table(rows), HOPPER)[1] == "30.0 (n = 1)"
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def test_quick_table():
+    rows = [data(tables.EMBEDDED, 100.0, 158.0)]
+    for seed, (ours, cloned) in enumerate([(100.0, 170.0), (110.0, 180.0)]):
+        rows += [row("TD3-BST", tables.EMBEDDED, seed, 99.0, 10_000, length=ours)]
+        rows += [row("BC", tables.EMBEDDED, seed, 100.0, 10_000, length=cloned)]
+        rows += [row("BC", tables.EMBEDDED, seed, 100.0, 20_000, length=1.0)]
+    table = tables.quick_table(rows)
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
+        "| data",
+        "| BC",
+        "| TD3-BST",
+    ]
+    assert cells(table, "data") == ["100.0", "158.0", "-", "-"]
+    assert cells(table, "TD3-BST") == [
+        "99.0 ± 0.0 (n = 2)",
+        "105.0 ± 7.1 (n = 2)",
+        "105.0 [100.0, 110.0]",
+        "1.00 [1.00, 1.00]",  # fewer steps are better
+    ]
+    assert cells(table, "BC")[3] == "-"
+
+
+def aggregate_rows() -> list[store.Row]:
+    rows = [
+        row(method, dataset, seed, 10.0 * i + seed)
+        for i, method in enumerate(tables.COMPARED)
+        for dataset in (HOPPER, CHEETAH)
+        for seed in (0, 1)
+    ]
+    rows += [row("10%BC", HOPPER, 0, 5.0), row("BC", "standin/other", 0, 1e3)]
+    return rows
+
+
+def test_aggregates_are_over_datasets_that_all_methods_have():
+    table = tables.aggregate_table(aggregate_rows())
+    assert f"Over `{CHEETAH}`, `{HOPPER}`, which" in table
+    assert "10%BC" not in table  # it has one of the two
+    # BC: 0 1 0 1, less one at either end; TD3-BST is the third
+    assert cells(table, "BC") == ["0.5 [0.0, 1.0]", "0.5", "1.00 [1.00, 1.00]"]
+    assert cells(table, "TD3-BST")[1:] == ["20.5", "-"]
+    assert cells(table, "IQL")[2] == "0.00 [0.00, 0.00]"
+
+
+def test_no_aggregate_without_a_common_dataset():
+    assert tables.aggregate_table([row("BC", HOPPER, 0, 1.0)]).startswith("No dataset")
+
+
+def test_ablation_table():
+    def run(dataset: str, seed: int, scale: float, score: float, step: int = 50_000):
+        return row("TD3-BST", dataset, seed, score, step, scale=scale)
+
+    rows = [data(HOPPER, 41.0)]
+    rows += [
+        run(HOPPER, s, lam, 10 * lam + s) for lam in (0.3, 1.5, 3, 6) for s in (0, 2)
+    ]
+    rows += [run(HOPPER, 5, 3, 99.0, 20_000), run(CHEETAH, 0, 0.7, 5.0)]
+    rows += [row("TD3-BST", HOPPER, 7, 99.0), row("TD3-BST", HOPPER, 7, 99.0, mu=1)]
+    rows += [row("TD3-BST", HOPPER, 9, 99.0, 50_000, scale=3, num_updates=90_000)]
+    lines = tables.ablation_table(rows).splitlines()[2:]
+    made = [[c.strip() for c in line.strip("|").split("|")][:4] for line in lines]
+    assert made == [
+        [CHEETAH, "0.7", "50,000", "5.0 (n = 1)"],
+        [HOPPER, "data", "-", "41.0"],
+        [HOPPER, "k/10 = 0.3", "50,000", "4.0 ± 1.4 (n = 2)"],
+        [HOPPER, "k/2 = 1.5", "50,000", "16.0 ± 1.4 (n = 2)"],
+        [HOPPER, "k = 3", "50,000", "31.0 ± 1.4 (n = 2)"],
+        [HOPPER, "2k = 6", "50,000", "61.0 ± 1.4 (n = 2)"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lams", "labels"),
+    [
+        ([0.6, 3.0, 6.0, 12.0], ["k/10 = 0.6", "k/2 = 3", "k = 6", "2k = 12"]),
+        ([0.6, 12.0], ["k/10 = 0.6", "2k = 12"]),
+        ([3.0, 6.0], ["3", "6"]),  # k/2 and k, or k and 2k
+        ([0.1, 0.7, 2.0], ["0.1", "0.7", "2"]),
+        ([0.05, 0.25, 0.5, 1.0], ["0.05", "0.25", "0.5", "1"]),  # no dimension is 1/2
+        ([], []),
+    ],
+)
+def test_lam_is_named_where_it_can_only_be_that(lams: list[float], labels: list[str]):
+    assert list(tables.lam_labels(lams).values()) == labels
+
+
+def test_official_tables():
+    name = "hopper-medium-v2"
+
+    def own(method: str, dataset: str, seed: int, score: float, step: int, **options):
+        made = row(method, dataset, seed, score, step, **options)
+        made["options"] = made["options"].replace(" num_updates=1000000", "")
+        return made
+
+    rows = [own("BC", name, 0, 50.0, 10**6), row("BC", name, 1, 52.0, 10**6)]
+    rows += [row("IQL", name, 0, 99.0), row("TD3+BC", HOPPER, 0, 99.0, 10**6)]
+    references = tables.read_references(store.ROOT / "results/reference_scores.csv")
+    lines = tables.official_table(rows, references).splitlines()[2:]
+    assert len(lines) == 9 * 5
+    assert [line for line in lines if f"| {name} |" in line][:3] == [
+        f"| {name} | BC | 51.0 ± 1.4 (n = 2) | 53.5 ± 1.8 (read, CORL) "
+        f"| `uv run td3_bc.py --dataset {name} --alpha 0 --num-morse-updates 0 "
+        "--num-seeds 5` |",
+        f"| {name} | TD3+BC | not run here | 59.3 (read, original paper); "
+        f"60.4 ± 3.5 (read, CORL) "
+        f"| `uv run td3_bc.py --dataset {name} --num-morse-updates 0 "
+        "--num-seeds 5` |",
+        f"| {name} | TD3-BST | not run here | 102.9 ± 1.3 (recalled, TD3-BST paper) "
+        f"| `uv run td3_bst.py --dataset {name} --num-seeds 5` |",
+    ]
+    mazes = tables.official_antmaze_table(rows, references)
+    assert "new roll-outs, not the D4RL -v2 data" in mazes
+    assert cells(mazes.replace("-v1 | TD3+BC", "-v1+"), "D4RL/antmaze/umaze-v1+")[
+        1
+    ] == ("78.6 (read, original paper); 70.8 ± 39.2 (read, CORL)")
+    assert mazes.count("\n| D4RL/antmaze/") == 6 * 5
+    assert mazes.count("(recalled, TD3-BST paper)") == 12
+
+
+def test_every_recalled_number_is_marked():
+    references = tables.read_references(store.ROOT / "results/reference_scores.csv")
+    both = tables.official_table([], references)
+    both += tables.official_antmaze_table([], references)
+    recalled = [r for r in references if r["evidence"] == "recalled"]
+    for r in recalled:
+        number = f"{float(r['score']):.1f} ± {float(r['sd']):.1f}"
+        assert f"{number} (recalled, TD3-BST paper)" in both
+    assert both.count("(recalled, TD3-BST paper)") == len(recalled) == 21
+    numbers = re.findall(r"\d+\.\d(?: ± \d+\.\d)?(?= |;)(.{2})", both)
+    assert set(numbers) == {" ("}  # none without its mark
+
+
+def test_reports():
+    rows = [*aggregate_rows(), row("TD3-BST", HOPPER, 0, 5.0, 50_000, scale=0.3)]
+    assert tables.report(rows, "ablation-scale") == tables.ablation_table(rows)
+    made = tables.report(rows, "locomotion")
+    assert made.startswith("After 100,000 updates")
+    assert tables.aggregate_table(rows) in made
+    assert "| dataset | BC | 10%BC |" in made  # no column without a run
+    quick = [row("BC", tables.EMBEDDED, 0, 100.0, 2000)]
+    assert tables.quick_table(quick, 2000) in tables.report(quick, "quick")
+    with pytest.raises(ValueError, match="expected quick, locomotion"):
+        tables.report(rows, "other")
+    assert tables.report([], "ablation-scale") == tables.NOT_YET
+
+
+# ---------------------------------------------------------------------------- pages
+
+
+def project(folder: Path, rows: list[store.Row], text: str = "") -> Path:
+    """A folder with the two pages, of which README.md ends with `text`."""
+    references = (store.ROOT / "results/reference_scores.csv").read_text("utf-8")
+    for name, tables_ in tables.pages([], []).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        pairs = "".join(f"<!-- {n} -->\nold\n<!-- end {n} -->\n" for n in tables_)
+        (folder / name).write_text(f"head\n{pairs}{text}", "utf-8")
+    (folder / "results/reference_scores.csv").write_text(references, "utf-8")
+    store.write(folder / "results/runs.csv", rows)
+    return folder
+
+
+def test_pages_are_written_and_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = "<!-- cost -->\nleft alone\n<!-- end cost -->\n"
+    root = project(tmp_path, [row("BC", HOPPER, 0, 12.3)], other)
+    with pytest.raises(SystemExit, match=r"^README.md differs"):
+        tables.main(["--check"], root)
+    assert "old" in (root / "README.md").read_text("utf-8")
+    tables.main([], root)
+    page = (root / "README.md").read_text("utf-8")
+    assert page.startswith("head\n<!-- quick -->\n")
+    assert "12.3 (n = 1)" in page
+    assert "old" not in page
+    assert page.endswith(other)
+    tables.main(["--check"], root)
+    (root / "results/README.md").write_text(
+        (root / "results/README.md").read_text("utf-8").replace("recalled", "read")
+    )
+    with pytest.raises(SystemExit, match=r"^results/README.md differs"):
+        tables.main(["--check"], root)
+
+
+@pytest.mark.parametrize(
+    "spoil", ["<!-- quick -->", "<!-- end standins -->", "again", "order"]
+)
+def test_a_page_without_markers_is_one_clear_line(tmp_path: Path, spoil: str):
+    root = project(tmp_path, [])
+    page = root / "README.md"
+    text = page.read_text("utf-8")
+    if spoil == "again":
+        text += "<!-- quick -->"
+    elif spoil == "order":
+        text = text.replace("<!-- end quick -->", "") + "<!-- end quick -->"
+        text = text.replace("<!-- quick -->", "") + "<!-- quick -->"
+    else:
+        text = text.replace(spoil, "")
+    page.write_text(text, "utf-8")
+    with pytest.raises(SystemExit, match=r"^README.md: expected .*<!-- "):
+        tables.main([], root)
+    assert page.read_text("utf-8") == text
+
+
+def test_a_csv_of_another_kind_is_one_clear_line(tmp_path: Path):
+    root = project(tmp_path, [])
+    (root / "results/runs.csv").write_text("method,score\nBC,1\n")
+    with pytest.raises(SystemExit, match="not a CSV of results"):
+        tables.main([], root)
+
+
+def test_the_script_runs_from_anywhere_and_does_not_load_jax(tmp_path: Path):
+    script = store.ROOT / "results" / "tables.py"
+    code = (
+        f"import runpy, sys; sys.argv = ['tables.py', '--help']\n"
+        f"try: runpy.run_path({str(script)!r}, run_name='__main__')\n"
+        f"except SystemExit: assert 'jax' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+# -------------------------------------------------------------------------- figures
+
+
+def figure_rows() -> list[store.Row]:
+    rows = [data(HOPPER, 41.0), data(tables.EMBEDDED, 100.0, 158.0)]
+    for dataset, total in ((HOPPER, 50_000), (tables.EMBEDDED, 10_000)):
+        for seed in range(3):
+            for step in range(total // 5, total + 1, total // 5):
+                shown = {"num_updates": total, "length": 300.0 - step / 100}
+                score = step / total * 50 + seed
+                rows += [
+                    row(method, dataset, seed, score, step, **shown)
+                    for method in OPTIONS
+                ]
+                rows += [
+                    row("TD3-BST", dataset, seed, score * lam, step, scale=lam, **shown)
+                    for lam in (0.3, 1.5, 3.0, 6.0)
+                ]
+    rows[9]["score"] = ""  # one evaluation is missing
+    return rows
+
+
+def test_figures_are_the_same_bytes_for_the_same_rows(tmp_path: Path):
+    rows = figure_rows()
+    for draw in (figures.learning_curves, figures.ablation):
+        one, two = tmp_path / "one.png", tmp_path / "two.png"
+        draw(one, rows)
+        draw(two, rows)
+        assert one.read_bytes() == two.read_bytes()
+        draw(one, [])  # nothing to draw is no error
+        assert one.read_bytes() != two.read_bytes()
+
+
+def test_a_curve_is_over_seeds_that_have_values():
+    rows = [
+        row("BC", HOPPER, seed, 10.0 * seed + step, step, num_updates=4)
+        for seed in (0, 1, 2)
+        for step in (2, 4)
+    ]
+    for bad in rows[-2:]:
+        bad["score"] = "nan"  # seed 2 has no value at all
+    rows[0]["score"] = ""
+    runs = tables.chosen(tables.runs_of(rows), "BC", HOPPER, 4)
+    steps, table = figures._evaluations(runs, "score")
+    np.testing.assert_array_equal(steps, [2, 4])
+    np.testing.assert_array_equal(table, [[np.nan, 12.0], [4.0, 14.0]])

@@ -1,0 +1,216 @@
+"""Pictures of results: learning curves, and the sweep over the Morse kernel's lam."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+from results import tables
+from results.store import Row
+from results.tables import EMBEDDED, Run
+
+COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers too
+    "BC": "#E69F00",
+    "10%BC": "#F0E442",
+    "TD3+BC": "#56B4E9",
+    "TD3-BST": "#0072B2",
+    "IQL": "#CC79A7",
+    "IQL-BST": "#D55E00",
+}
+DATA = "#6E6E6E"
+SCALES = ("#FDB32F", "#E16462", "#9C179E", "#2A0593")  # small to large lam
+NAMES = {"score": "score", "length": "steps to the goal", "success": "success rate"}
+PANEL = (3.6, 3.0)  # inches
+
+
+def learning_curves(
+    path: Path, rows: Sequence[Row], value: str = "score", step: int | None = None
+) -> None:
+    """Draws every method's mean ± sd over seeds against updates, a panel per dataset.
+
+    Args:
+        path: of the PNG.
+        rows: of results, all evaluations; runs that are no plain method are left out.
+        value: the column; on the embedded maze, whose score is 100 soon, a score gives
+            way to the steps to the goal.
+        step: the runs' number of updates; if not given, each dataset's largest.
+    """
+    runs = [run for run in tables.runs_of(rows) if tables.is_plain(run)]
+    panels = {}
+    for dataset in sorted({run.dataset for run in runs if run.method != "data"}):
+        own = [run for run in runs if run.dataset == dataset]
+        updates = step or tables.largest_step(own)
+        by_method = {
+            method: tables.chosen(own, method, dataset, updates)
+            for method in tables.METHODS
+        }
+        if any(by_method[method] for method in COLOURS):
+            panels[dataset] = by_method
+    width = 2 if len(panels) in (2, 4) else min(3, max(1, len(panels)))
+    figure, axes = _figure(-(-len(panels) // width), width)
+    for (dataset, by_method), ax in zip(panels.items(), axes.flat, strict=False):
+        column = _column(dataset, value)
+        for method, colour in COLOURS.items():
+            _curve(ax, by_method[method], column, colour, method)
+        _dashed(ax, by_method["data"], column)
+        _name(ax, dataset, column)
+        _against_updates(ax)
+        _legend(ax)
+    _finish(figure, axes, len(panels), path)
+
+
+def ablation(path: Path, rows: Sequence[Row], value: str = "score") -> None:
+    """Draws the sweep over lam: last evaluation above, learning curves below.
+
+    Args:
+        path: of the PNG.
+        rows: of results, all evaluations; only TD3-BST's runs with `--scale` and the
+            data's own values are drawn.
+        value: the column, as in `learning_curves`.
+    """
+    runs = tables.runs_of(rows)
+    panels = tables.sweep(runs)
+    figure, axes = _figure(2, max(1, len(panels)))
+    for (dataset, by_lam), (above, below) in zip(panels.items(), axes.T, strict=False):
+        column = _column(dataset, value)
+        data = tables.chosen(runs, "data", dataset, 0)
+        labels = tables.lam_labels(by_lam)
+        colours = _colours(by_lam)
+        _against_lam(above, by_lam, labels, colours, column)
+        for lam, own in by_lam.items():
+            _curve(below, own, column, colours[lam], labels[lam])
+        for ax in (above, below):
+            _dashed(ax, data, column)
+            _name(ax, dataset if ax is above else "", column)
+        _against_updates(below)
+        _legend(below)
+    _finish(figure, axes, axes.size if panels else 0, path)
+
+
+def _figure(height: int, width: int) -> tuple[Figure, np.ndarray]:
+    height = max(1, height)
+    factor = 1.35 if width == height == 1 else 1.0
+    size = factor * PANEL[0] * width, factor * PANEL[1] * height
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
+    figure = Figure(figsize=size, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(height, width, squeeze=False)
+
+
+def _finish(figure: Figure, axes: np.ndarray, used: int, path: Path) -> None:
+    for ax in axes.flat[used:]:
+        ax.set_axis_off()
+    if not used:
+        axes.flat[0].text(0.5, 0.5, "no such runs yet", ha="center", va="center")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})  # same rows, same bytes
+
+
+def _column(dataset: str, value: str) -> str:
+    return "length" if dataset == EMBEDDED and value == "score" else value
+
+
+def _colours(lams: Mapping[float, Any]) -> dict[float, Any]:
+    """SCALES, spread or interpolated over the lams."""
+    shades = LinearSegmentedColormap.from_list("lam", SCALES)
+    places = np.linspace(0, 1, len(lams))
+    return {lam: shades(place) for lam, place in zip(lams, places, strict=True)}
+
+
+def _evaluations(runs: Sequence[Run], column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (T,) and values (T, n) of the n runs with any; NaN where one is missing."""
+    every = sorted({int(row["step"]) for run in runs for row in run.rows})
+    table = np.full((len(every), len(runs)), np.nan)
+    for i, run in enumerate(runs):
+        for row in run.rows:
+            table[every.index(int(row["step"])), i] = float(row[column] or "nan")
+    return np.array(every), table[:, ~np.isnan(table).all(axis=0)]
+
+
+def _curve(ax: Axes, runs: Sequence[Run], column: str, colour: Any, label: str) -> None:
+    """Mean ± sample sd against updates, where all seeds have a value."""
+    if not runs:
+        return
+    steps, table = _evaluations(runs, column)
+    whole = ~np.isnan(table).any(axis=1)
+    steps, table = steps[whole], table[whole]
+    if not table.size:
+        return
+    n, mean = table.shape[1], table.mean(axis=1)
+    marker = "o" if len(steps) < 12 else ""
+    first = label == "TD3-BST"  # in front, and thicker
+    line = {"lw": 2.4 if first else 1.5, "zorder": 3 if first else 2}
+    name = f"{label} (n = {n})"
+    ax.plot(steps, mean, color=colour, marker=marker, ms=3, label=name, **line)
+    if n > 1:
+        sd = table.std(axis=1, ddof=1)
+        ax.fill_between(steps, mean - sd, mean + sd, color=colour, alpha=0.15, lw=0)
+
+
+def _against_lam(
+    ax: Axes,
+    by_lam: Mapping[float, Sequence[Run]],
+    labels: Mapping[float, str],
+    colours: Mapping[float, Any],
+    column: str,
+) -> None:
+    """The last evaluations: a dot per seed, and the line of mean ± sample sd."""
+    found = {lam: tables.values(own, column) for lam, own in by_lam.items()}
+    found = {lam: sample for lam, sample in found.items() if len(sample)}
+    means = [sample.mean() for sample in found.values()]
+    sds = [s.std(ddof=1) if len(s) > 1 else 0.0 for s in found.values()]
+    if found:
+        line = {"color": "black", "lw": 1.2, "capsize": 3, "marker": "D", "ms": 4}
+        ax.errorbar(list(found), means, sds, zorder=2, **line)
+    for lam, sample in found.items():
+        shown = {"color": colours[lam], "edgecolors": "white", "lw": 0.5, "zorder": 3}
+        ax.scatter([lam * 0.92] * len(sample), sample, s=28, **shown)  # left of the bar
+    ax.set_xscale("log")
+    ax.set_xticks(list(by_lam), [labels[lam].replace(" = ", "\n") for lam in by_lam])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.margins(x=0.12)
+    ax.set_xlabel("lam; dots: seeds, last evaluation", fontsize=8)
+
+
+def _dashed(ax: Axes, data: Sequence[Run], column: str) -> None:
+    for mean in tables.values(data, column):
+        ax.axhline(mean, color=DATA, ls="--", lw=1, zorder=1, label="data")
+
+
+def _name(ax: Axes, dataset: str, column: str) -> None:
+    title = "embedded maze" if dataset == EMBEDDED else dataset
+    ax.set_title(title, fontsize=9)
+    ax.set_ylabel(NAMES.get(column, column), fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.grid(axis="y", color="#E6E6E6", lw=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _against_updates(ax: Axes) -> None:
+    ax.set_xlabel("updates", fontsize=8)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter(FuncFormatter(_count))
+
+
+def _count(value: float, _: int | None = None) -> str:
+    """20000 as 20k, 1000000 as 1M."""
+    for unit, name in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:g}{name}"
+    return f"{value:g}"
+
+
+def _legend(ax: Axes) -> None:
+    """Below the panel, so that it covers no curve."""
+    if ax.get_legend_handles_labels()[0]:
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
+        ax.legend(**place, ncols=2, fontsize=7, frameon=False, columnspacing=1.2)

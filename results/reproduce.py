@@ -1,0 +1,305 @@
+"""Runs a named table over datasets, methods and seeds, and makes its figures.
+
+    uv run results/reproduce.py quick
+    uv run results/reproduce.py locomotion --datasets hopper-medium-v2 --dry-run
+    uv run results/reproduce.py antmaze --shard 2/8 --out runs/part2
+    uv run results/reproduce.py merge results/runs.csv runs/*/results.csv
+
+What `--out` holds for the same options and the same code is not run again, and what was
+killed goes on where it was: type the same command again.
+"""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from filelock import FileLock
+from tqdm import tqdm
+
+if __name__ == "__main__":  # a script finds its neighbours through the repository root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from results import figures, store, sweeps, tables
+from results.sweeps import Job, Sweep
+
+ROOT = Path(__file__).resolve().parent.parent
+RATES = ROOT / "results" / "rates.csv"
+MEASURED = ("return", "score", "success", "length")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Puts the rows of several CSVs into one; no row is lost or doubled."""
+
+    into: tyro.conf.Positional[Path]  # made if it does not exist
+    rows: tyro.conf.Positional[tuple[Path, ...]]  # results.csv of other sweeps
+
+
+class SweepError(Exception):
+    """What the user has to change, in one sentence."""
+
+
+# ============================================================================== Plan
+
+
+def action_dims(sweep: Sweep) -> dict[str, int]:
+    """dim(A) of the datasets, which the scales are multiples of."""
+    if not sweep.scales:
+        return {}
+    from common import datasets
+    from common.errors import UserError
+
+    try:
+        return {name: datasets.load(name).action_dim for name in sweep.datasets}
+    except UserError as error:
+        raise SweepError(str(error)) from error
+
+
+def to_do(planned: Sequence[Job], path: Path) -> list[tuple[Job, str]]:
+    """What the CSV does not hold of the jobs, each with its code's hash."""
+    there = sweeps.held(store.read(path))
+    hashes = {job.algorithm: store.code_hash(job.algorithm) for job in planned}
+    return [
+        (lacking, hashes[job.algorithm])
+        for job in planned
+        for lacking in sweeps.missing(job, there, hashes[job.algorithm])
+    ]
+
+
+def show(planned: Sequence[tuple[Job, str]], rates: Sequence[sweeps.Rate]) -> None:
+    """Prints every command and the cost by the rates measured so far."""
+    devices = dict.fromkeys(rate["device"] for rate in rates)
+    for job, _ in planned:
+        costs = ((device, sweeps.seconds(job, rates, device)) for device in devices)
+        known = [f"{sweeps.duration(spent)} on {d}" for d, spent in costs if spent]
+        print(f"uv run {job.algorithm}.py {' '.join(job.arguments())}")
+        print(f"    # {job.method}, {', '.join(known) or 'not measured'}")
+    lanes = sum(job.lanes for job, _ in planned)
+    print(f"{len(planned)} processes, {lanes} policies to train")
+    for device, spent in sweeps.total([job for job, _ in planned], rates).items():
+        text = "some methods not measured" if spent is None else sweeps.duration(spent)
+        print(f"on {device}: {text}")
+    if not any("cpu" not in device for device in devices):
+        print("on a GPU: not measured")
+
+
+# =============================================================================== Run
+
+
+def run(job: Job, folder: Path) -> Path:
+    """Trains a job, or goes on with it; returns the folder of the finished run.
+
+    Raises:
+        SweepError: the script failed; its output is in `folder`/output.txt.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = [path.parent for path in sorted(folder.glob("*/config.json"))]
+    for path in begun:  # an orphan of a killed sweep may still be at work
+        with FileLock(path / ".lock"):
+            if (path / "result.json").exists():
+                return path
+    script = [sys.executable, str(ROOT / f"{job.algorithm}.py")]
+    place = ["--resume", str(begun[0])] if begun else ["--run-dir", str(folder)]
+    output = folder / "output.txt"
+    with output.open("a", encoding="utf-8") as file:
+        args = place if begun else [*job.arguments(), *place]
+        process = subprocess.Popen([*script, *args], stdout=file, stderr=file)
+        try:
+            code = process.wait()
+        finally:
+            process.terminate()
+            process.wait()
+    if code != 0:
+        last = output.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        raise SweepError(f"exit code {code}: {' '.join(last)} (see {output})")
+    return next(iter(folder.glob("*/result.json"))).parent
+
+
+def rows_of(job: Job, code: str, run: Path) -> list[store.Row]:
+    """A finished run's rows: its evaluations, and the behaviour's own figures."""
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    with (run / "log.csv").open(newline="", encoding="utf-8") as file:
+        log = list(csv.DictReader(file))
+    scales = {float(scale): scale for scale in job.scales}
+    rows: list[dict[str, Any]] = []
+    for line in log:
+        row = {k: float(line[k]) if line[k] else None for k in MEASURED}
+        options = dict(job.options)
+        if job.scales:
+            options["scale"] = scales[float(line["scale"])]
+        text = store.options_text(options)
+        row |= {"algorithm": job.algorithm, "options": text, "seed": line["seed"]}
+        row |= {"options_hash": store.options_hash(job.algorithm, text)}
+        row |= {"step": line["step"], "episodes": result["eval_episodes"]}
+        rows.append(row | {"code_hash": code})
+    if "best_fraction" not in dict(job.options):
+        rows.append({"algorithm": "data"} | result["data"])
+    shared = {"dataset": job.dataset, "commit": result["commit"]}
+    return [
+        {name: store.cell((row | shared).get(name)) for name in store.COLUMNS}
+        for row in rows
+    ]
+
+
+def rate_of(job: Job, run: Path, spent: float) -> sweeps.Rate:
+    """How fast a run was that took `spent` seconds in one go."""
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    wall, options = result["wall"], result["options"]
+    fitting, waiting = wall.get("pretraining", 0), wall.get("evaluation", 0)
+    waiting += wall["writing"]
+    evaluations = -(-options["num_updates"] // options["eval_every"])
+    fitted = options["num_morse_updates"] * job.lanes if fitting else 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    device = result["device"]
+    values = dict(
+        device=f"{device}, {cores} cores" if device == "cpu" else device,
+        method=job.method,
+        domain=config["dataset"]["domain"],
+        lanes=job.lanes,
+        updates_per_second=round(result["updates_per_second"], 1),
+        morse_updates_per_second=round(fitted / fitting, 1) if fitted else "",
+        seconds_per_evaluation=round(waiting / evaluations, 2),
+        seconds_besides=round(spent - waiting - fitting - wall["training"], 1),
+        commit=result["commit"] or "",
+    )
+    return {name: str(values[name]) for name in sweeps.RATE_COLUMNS}
+
+
+def finish(job: Job, code: str, out: Path) -> None:
+    """Trains a job and adds its rows, all at once, and its rate."""
+    folder = out / "runs" / job.name(code)
+    fresh, begin = not folder.exists(), time.perf_counter()
+    done = run(job, folder)
+    if fresh:
+        rate = rate_of(job, done, time.perf_counter() - begin)
+        sweeps.add_rate(out / "rates.csv", rate)
+    store.add(out / "results.csv", rows_of(job, code, done))
+
+
+def train_all(planned: Sequence[tuple[Job, str]], out: Path) -> list[str]:
+    """Trains every job; returns what went wrong, a line per failed one."""
+    failed = []
+    with tqdm(
+        total=sum(job.lanes for job, _ in planned), unit=" policies", disable=None
+    ) as bar:
+        for number, (job, code) in enumerate(planned, 1):
+            what = f"{job.method} on {job.dataset}, {job.lanes} policies"
+            tqdm.write(f"[{number}/{len(planned)}] {what}", file=sys.stdout)
+            sys.stdout.flush()
+            begin = time.perf_counter()
+            try:
+                finish(job, code, out)
+                spent = sweeps.duration(time.perf_counter() - begin)
+                tqdm.write(f"    done in {spent}", file=sys.stdout)
+            except SweepError as error:
+                failed.append(f"{what}: {error}")
+                tqdm.write(f"    failed: {error}", file=sys.stdout)
+            bar.update(job.lanes)
+    return failed
+
+
+# ============================================================================ Report
+
+
+def rows_wanted(planned: Sequence[Job], rows: Sequence[store.Row]) -> list[store.Row]:
+    """The rows of these jobs by the present code, and their datasets' own."""
+    codes = {job.algorithm: store.code_hash(job.algorithm) for job in planned}
+    wanted = {
+        (job.algorithm, text, job.dataset, seed, codes[job.algorithm])
+        for job in planned
+        for text, seed in job.cells()
+    }
+    names = {job.dataset for job in planned}
+    data = [r for r in rows if r["algorithm"] == "data" and r["dataset"] in names]
+    return [*data, *(row for row in rows if sweeps.held([row]) & wanted)]
+
+
+def without(row: store.Row, names: set[str]) -> store.Row:
+    """The row less some options, which all rows of a sweep share."""
+    options = {k: v for k, v in store.options_of(row).items() if k not in names}
+    return row | {"options": store.options_text(options)}
+
+
+def report(table: str, options: Sweep, planned: Sequence[Job]) -> None:
+    """Writes and prints the table of what is there, and draws its figures."""
+    out = options.out
+    rows = rows_wanted(planned, store.read(out / "results.csv"))
+    shared = {name for name, _ in options.further}
+    rows = [without(row, shared) for row in rows]
+    text = tables.report(rows, table)
+    (out / f"{table}.md").write_text(text + "\n", encoding="utf-8")
+    draw = figures.ablation if table == "ablation-scale" else figures.learning_curves
+    draw(out / f"{table}.png", rows)
+    there, cells = sweeps.held(rows), sum(job.lanes for job in planned)
+    print(f"\n{text}\n\n{len(there)} of {cells} policies are there")
+    for name in ("results.csv", f"{table}.md", f"{table}.png"):
+        print(out / name)
+
+
+# ============================================================================== Main
+
+
+def sweep(table: str, options: Sweep) -> int:
+    """Runs a table's missing jobs; returns the exit code."""
+    out = options.out
+    every = sweeps.jobs(options, action_dims(options))
+    planned = to_do(sweeps.part(every, options), out / "results.csv")
+    if options.dry_run:
+        show(planned, sweeps.read_rates(RATES, out / "rates.csv"))
+        return 0
+    failed = train_all(planned, out)
+    if not planned:
+        print(f"nothing to run: {out / 'results.csv'} holds every cell")
+    if store.read(out / "results.csv"):
+        report(table, options, every)
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def merge(options: Merge) -> int:
+    """Puts the rows of all files into one."""
+    absent = [str(path) for path in options.rows if not path.is_file()]
+    if absent or not options.rows:
+        raise SweepError(f"no such file: {', '.join(absent) or 'nothing to merge'}")
+    before = len(store.read(options.into))
+    store.add(options.into, [row for path in options.rows for row in store.read(path)])
+    after = len(store.read(options.into))
+    print(f"{options.into}: {before} rows before, {after} now")
+    return 0
+
+
+def main(args: list[str] | None = None) -> int:
+    """Parses the command line and runs it."""
+    choices: Any = Annotated[Merge, tyro.conf.subcommand("merge")]
+    for name, default in sweeps.TABLES.items():
+        choices = (
+            choices | Annotated[Sweep, tyro.conf.subcommand(name, default=default)]
+        )
+    options = tyro.cli(choices, args=args, description=(__doc__ or "").split("\n\n")[0])
+    if isinstance(options, Merge):
+        return merge(options)
+    given = sys.argv[1:] if args is None else args
+    return sweep(next(name for name in given if name in sweeps.TABLES), options)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        sys.exit(main())
+    except (SweepError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,182 @@
+"""The rows of results: what a CSV holds, how rows are named, hashed and merged.
+
+A row is one evaluation of one policy. Its key says what was run: algorithm, options,
+dataset, seed and step, and the hash of the code; `commit` is only for people. Two rows
+of one key are the same experiment.
+"""
+
+import csv
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+Row = dict[str, str]  # by column; "" where there is no value
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("td3_bst", "td3_bc", "iql_bst")
+KEY: tuple[str, ...] = ("algorithm", "options", "dataset", "seed", "step", "code_hash")
+COLUMNS: tuple[str, ...] = (
+    "algorithm",  # the script's name; "data": the behaviour itself
+    "options",  # those given, `name=value` sorted, without dataset, seed and places
+    "dataset",
+    "seed",
+    "step",  # critic updates
+    "return",
+    "score",
+    "success",
+    "length",
+    "episodes",
+    "options_hash",
+    "code_hash",  # of the algorithm's file, morse.py and common/
+    "commit",
+)
+
+
+def options_text(options: Mapping[str, Any]) -> str:
+    """`name=value` of the options given, sorted, separated by blanks."""
+    return " ".join(f"{name}={_value(options[name])}" for name in sorted(options))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    if isinstance(value, list | tuple):
+        return ",".join(map(_value, value))
+    return str(value)
+
+
+def options_of(row: Mapping[str, str]) -> dict[str, str]:
+    """The row's options by name."""
+    return dict(pair.split("=", 1) for pair in row["options"].split())
+
+
+def options_hash(algorithm: str, text: str) -> str:
+    """Names an algorithm with its options, twelve hex digits."""
+    return hashlib.sha256(f"{algorithm} {text}".encode()).hexdigest()[:12]
+
+
+def code_hash(algorithm: str, root: Path = ROOT) -> str:
+    """Of the algorithm's file, morse.py and common/, twelve hex digits."""
+    digest = hashlib.sha256()
+    for path in (
+        root / f"{algorithm}.py",
+        root / "morse.py",
+        *sorted((root / "common").glob("*.py")),
+    ):
+        text = path.read_text(encoding="utf-8")  # universal newlines
+        digest.update(f"{path.name} {len(text)}\n{text}".encode())
+    return digest.hexdigest()[:12]
+
+
+def method_of(algorithm: str, options: Mapping[str, str]) -> str:
+    """The tables' name of what was trained: TD3-BST, BC, 10%BC, IQL, ..."""
+    names = {"td3_bst": "TD3-BST", "td3_bc": "TD3+BC", "iql_bst": "IQL-BST"}
+    method = {**names, "data": "data"}[algorithm]
+    if options.get("policy_step") == "awr":
+        method = "IQL"
+    if float(options.get("alpha", 1)) == 0:
+        method = "BC"
+    fraction = float(options.get("best_fraction", 1))
+    return method if fraction == 1 else f"{100 * fraction:g}%{method}"
+
+
+def command(algorithm: str, options: Mapping[str, str], dataset: str) -> str:
+    """The shell command that runs an algorithm with these options."""
+    words = ["uv", "run", f"{algorithm}.py", "--dataset", dataset]
+    return " ".join([*words, *arguments(options)])
+
+
+def arguments(options: Mapping[str, str]) -> list[str]:
+    """The options as words of a command line."""
+    words = []
+    for name, value in options.items():
+        option = name.replace("_", "-")
+        if value in ("True", "False"):
+            words.append(f"--{'' if value == 'True' else 'no-'}{option}")
+        else:
+            words += [f"--{option}", *value.split(",")]
+    return words
+
+
+def cell(value: Any) -> str:
+    """A value as a CSV has it: numbers with six digits, None as nothing."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value)
+
+
+def key_of(row: Row) -> tuple[str, ...]:
+    """What was run, see the module's docstring."""
+    return tuple(row[name] for name in KEY)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV; none if it does not exist.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    if tuple(reader.fieldnames or ()) != COLUMNS or any(
+        None in row or None in row.values() for row in rows
+    ):
+        raise ValueError(
+            f"{path} is not a CSV of results: expected the columns {', '.join(COLUMNS)}"
+        )
+    return rows
+
+
+def merged(rows: Iterable[Row]) -> list[Row]:
+    """The rows, one per key, sorted.
+
+    Raises:
+        ValueError: two rows of one key differ in what was measured.
+    """
+    found: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        other = found.setdefault(key_of(row), row)
+        for name in ("return", "score", "success", "length", "episodes"):
+            if other[name] != row[name]:
+                raise ValueError(
+                    f"two rows differ in {name} ({other[name]}, {row[name]}) but are "
+                    f"of one key: {', '.join(key_of(row))}"
+                )
+    return [found[key] for key in sorted(found, key=_order)]
+
+
+def _order(key: tuple[str, ...]) -> tuple[Any, ...]:
+    algorithm, options, dataset, seed, step, code = key
+    return dataset, algorithm, options, code, int(seed or -1), int(step or -1)
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Writes a CSV of results whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def add(path: Path, rows: Iterable[Row]) -> None:
+    """Puts rows into a CSV, one per key; safe beside other writers and readers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        write(path, merged([*read(path), *rows]))

@@ -1,0 +1,307 @@
+"""Named tables as lists of jobs, and what they cost. Nothing here imports jax."""
+
+import csv
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+
+from results import store
+
+EMBEDDED = "td3-bst/pointmaze/zigzag-v0"
+D4RL = tuple(
+    f"{agent}-{kind}-v2"
+    for agent in ("halfcheetah", "hopper", "walker2d")
+    for kind in ("medium", "medium-replay", "medium-expert")
+)
+LARGE = ("large-play", "large-diverse")
+MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", *LARGE)
+ANTMAZE = tuple(f"D4RL/antmaze/{maze}-v1" for maze in MAZES)
+Method = Literal["BC", "10%BC", "TD3+BC", "TD3-BST", "IQL", "IQL-BST"]
+ALL: tuple[Method, ...] = ("BC", "TD3+BC", "TD3-BST", "IQL", "IQL-BST")
+NO_MORSE = {"num_morse_updates": "0"}  # there it is only a diagnostic
+METHODS: dict[Method, tuple[str, dict[str, str]]] = {  # script, options
+    "BC": ("td3_bc", {"alpha": "0"} | NO_MORSE),
+    "10%BC": ("td3_bc", {"alpha": "0", "best_fraction": "0.1"} | NO_MORSE),
+    "TD3+BC": ("td3_bc", NO_MORSE),
+    "TD3-BST": ("td3_bst", {}),
+    "IQL": ("iql_bst", {"policy_step": "awr"} | NO_MORSE),
+    "IQL-BST": ("iql_bst", {}),
+}
+OWN = {"dataset", "seed", "num_seeds", "num_updates", "eval_every", "run_dir", "resume"}
+OWN |= {"sweep", "morse", "track", "alpha", "policy_step", "best_fraction"}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Trains methods on datasets over seeds and makes the table and its figures."""
+
+    datasets: tuple[str, ...]  # as --dataset of the scripts takes them
+    methods: tuple[Method, ...] = ALL
+    seed: int = 0  # the first seed
+    num_seeds: int = 5  # seed, seed + 1, ... side by side in one process
+    num_updates: int = 1_000_000  # critic updates
+    eval_every: int | None = None  # critic updates; unset: the scripts' default
+    scales: tuple[float, ...] = ()  # TD3-BST's lam, as multiples of dim(A)
+    set: tuple[str, ...] = ()  # NAME=VALUE, further options for every method
+    out: Path = Path("runs/reproduce")  # results.csv, tables, figures, runs; resumed
+    shard: str = "1/1"  # i/n: of the jobs, the i-th, i + n-th, ...
+    dry_run: bool = False  # print the commands and their cost
+
+    def __post_init__(self) -> None:
+        for name in ("num_seeds", "num_updates", "eval_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        for name in ("datasets", "methods", "scales"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(
+                    f"{name} names one twice: {' '.join(map(str, values))}"
+                )
+        if not (self.datasets and self.methods):
+            raise ValueError("at least one dataset and one method are needed")
+        if not all(scale > 0 for scale in self.scales):
+            raise ValueError(f"scales must be above 0, got {self.scales}")
+        if self.scales and self.methods != ("TD3-BST",):
+            raise ValueError("scales vary TD3-BST's lam: expected --methods TD3-BST")
+        for text in self.set:
+            name, _, value = text.partition("=")
+            if not (name and value) or name.startswith("-") or " " in text:
+                raise ValueError(f"set expects NAME=VALUE, got {text!r}")
+            if name.replace("-", "_") in OWN:
+                raise ValueError(f"set cannot change {name}, a sweep has it of its own")
+        index, total = self.part
+        if not 1 <= index <= total:
+            raise ValueError(f"shard expects i/n with 1 <= i <= n, got {self.shard}")
+
+    @property
+    def further(self) -> list[tuple[str, str]]:
+        """Name and value of every option that `set` adds."""
+        pairs = [text.partition("=") for text in self.set]
+        return [(name.replace("-", "_"), _value(value)) for name, _, value in pairs]
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """i and n of the shard i/n."""
+        index, _, total = self.shard.partition("/")
+        if not (index.isdecimal() and total.isdecimal()):
+            raise ValueError(f"shard expects i/n, 1/4 say, got {self.shard!r}")
+        return int(index), int(total)
+
+
+TABLES: dict[str, Sweep] = {
+    "quick": Sweep((EMBEDDED,), num_seeds=4, num_updates=10_000, eval_every=2500),
+    "locomotion": Sweep(D4RL),
+    "antmaze": Sweep(ANTMAZE),
+    "ablation-scale": Sweep(
+        (EMBEDDED, "mujoco/hopper/medium-v0"),
+        methods=("TD3-BST",),
+        num_seeds=3,
+        num_updates=50_000,
+        scales=(0.1, 0.5, 1.0, 2.0),
+    ),
+}
+
+
+# ============================================================================== Jobs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process: a script, its options, and the seeds and scales side by side."""
+
+    method: Method
+    algorithm: str
+    dataset: str
+    options: tuple[tuple[str, str], ...]  # name, value; without the scale
+    seeds: tuple[int, ...]  # consecutive
+    scales: tuple[str, ...] = ()  # lam; (): the default alone
+
+    @property
+    def lanes(self) -> int:
+        """Policies that it trains."""
+        return len(self.seeds) * max(1, len(self.scales))
+
+    def cells(self) -> Iterator[tuple[str, int]]:
+        """(options as a row has them, seed) of every lane."""
+        for scale in self.scales or (None,):
+            swept = {} if scale is None else {"scale": scale}
+            text = store.options_text(dict(self.options) | swept)
+            yield from ((text, seed) for seed in self.seeds)
+
+    def arguments(self) -> list[str]:
+        """The script's command line, without the place of the run."""
+        args = ["--dataset", self.dataset, *store.arguments(dict(self.options))]
+        args += ["--seed", str(self.seeds[0])] if self.seeds[0] else []
+        args += ["--num-seeds", str(len(self.seeds))] if len(self.seeds) > 1 else []
+        args += ["--sweep", "scale=" + ",".join(self.scales)] if self.scales else []
+        return args
+
+    def name(self, code: str) -> str:
+        """Of the job's folder: readable, and another one for other code or options."""
+        text = " ".join([self.algorithm, code, *self.arguments()])
+        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+        slug = "".join(c if c.isalnum() or c in "+-" else "-" for c in self.dataset)
+        return f"{self.method.replace('%', '-')}-{slug[-40:].strip('-')}-{digest}"
+
+
+def jobs(sweep: Sweep, action_dim: Mapping[str, int]) -> list[Job]:
+    """All jobs of a table, one per dataset and method, before any shard or skip.
+
+    Args:
+        action_dim: dim(A) of each dataset; read only where scales vary.
+    """
+    made = []
+    for dataset in sweep.datasets:
+        for method in sweep.methods:
+            algorithm, own = METHODS[method]
+            options = own | {"num_updates": str(sweep.num_updates)}
+            if sweep.eval_every:
+                options["eval_every"] = str(sweep.eval_every)
+            options |= dict(sweep.further)
+            scales = tuple(f"{x * action_dim[dataset]:.9g}" for x in sweep.scales)
+            seeds = tuple(range(sweep.seed, sweep.seed + sweep.num_seeds))
+            pairs = tuple(sorted(options.items()))
+            made.append(Job(method, algorithm, dataset, pairs, seeds, scales))
+    return made
+
+
+def _value(text: str) -> str:
+    """Numbers as a row has them: 0.10 is 0.1."""
+    try:
+        return f"{float(text):.9g}"
+    except ValueError:
+        return text
+
+
+def part(jobs: Sequence[Job], sweep: Sweep) -> list[Job]:
+    """The shard's share."""
+    index, total = sweep.part
+    return list(jobs[index - 1 :: total])
+
+
+Cell = tuple[str, str, str, int, str]  # algorithm, options, dataset, seed, code hash
+
+
+def held(rows: Iterable[store.Row]) -> set[Cell]:
+    """The cells that have rows; a run's rows are added together, after its end."""
+    return {
+        (r["algorithm"], r["options"], r["dataset"], int(r["seed"]), r["code_hash"])
+        for r in rows
+        if r["seed"]
+    }
+
+
+def missing(job: Job, there: set[Cell], code: str) -> list[Job]:
+    """What of the job is not there yet, as jobs over consecutive seeds."""
+
+    def lacks(scale: str | None, seed: int) -> bool:
+        scales = () if scale is None else (scale,)
+        ((text, _),) = replace(job, seeds=(seed,), scales=scales).cells()
+        return (job.algorithm, text, job.dataset, seed, code) not in there
+
+    wanted = [
+        (seed, [scale for scale in job.scales or (None,) if lacks(scale, seed)])
+        for seed in job.seeds
+    ]
+    made: list[Job] = []
+    for seed, values in wanted:
+        if not values:
+            continue
+        scales = tuple(scale for scale in values if scale is not None)
+        if made and made[-1].scales == scales and made[-1].seeds[-1] == seed - 1:
+            seeds = (*made.pop().seeds, seed)
+        else:
+            seeds = (seed,)
+        made.append(replace(job, seeds=seeds, scales=scales))
+    return made
+
+
+# ============================================================================== Cost
+
+RATE_COLUMNS: tuple[str, ...] = (
+    "device",  # "cpu, 2 cores", or a GPU's name
+    "method",
+    "domain",
+    "lanes",
+    "updates_per_second",  # of all lanes together
+    "morse_updates_per_second",  # "" where none is fitted
+    "seconds_per_evaluation",  # waiting for one and writing its checkpoint
+    "seconds_besides",  # start, load, compile
+    "commit",
+)
+Rate = dict[str, str]
+
+
+def read_rates(*paths: Path) -> list[Rate]:
+    """Measured rates; later files first."""
+    rates: list[Rate] = []
+    for path in reversed(paths):
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                rates += [r for r in csv.DictReader(file) if None not in r.values()]
+    return rates
+
+
+def add_rate(path: Path, rate: Rate) -> None:
+    """Adds a rate to a CSV; it replaces an earlier one of the same kind."""
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        kind = ("device", "method", "domain", "lanes")
+        rates = {tuple(r[k] for k in kind): r for r in [*read_rates(path), rate]}
+        text = io.StringIO()
+        writer = csv.DictWriter(text, RATE_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rate for _, rate in sorted(rates.items()))
+        store.write_text(path, text.getvalue())
+
+
+def domain_of(dataset: str) -> str:
+    """Guessed from the name: antmaze, pointmaze or locomotion."""
+    for domain in ("antmaze", "pointmaze"):
+        if domain in dataset:
+            return domain
+    return "pointmaze" if "maze" in dataset else "locomotion"
+
+
+def seconds(job: Job, rates: Sequence[Rate], device: str) -> float | None:
+    """What the job takes, by the rate measured nearest to it; None: none was."""
+    near = [r for r in rates if r["device"] == device and r["method"] == job.method]
+    if not near:
+        return None
+    domain = domain_of(job.dataset)
+    rate = min(
+        near, key=lambda r: (r["domain"] != domain, abs(int(r["lanes"]) - job.lanes))
+    )
+    options = dict(job.options)
+    updates = int(options["num_updates"])
+    embedded, maze = job.dataset == EMBEDDED, "maze" in job.dataset
+    morse = int(options.get("num_morse_updates", 5000 if embedded else 20_000))
+    every = int(options.get("eval_every", 50_000 if maze and not embedded else 5000))
+    spent = float(rate["seconds_besides"])
+    spent += job.lanes * updates / float(rate["updates_per_second"])
+    if morse and rate["morse_updates_per_second"]:
+        spent += job.lanes * morse / float(rate["morse_updates_per_second"])
+    return spent + -(-updates // every) * float(rate["seconds_per_evaluation"])
+
+
+def duration(spent: float) -> str:
+    """Seconds for people."""
+    if spent < 90:
+        return f"{spent:.0f} s"
+    return f"{spent / 60:.0f} min" if spent < 5400 else f"{spent / 3600:.1f} h"
+
+
+def total(jobs: Iterable[Job], rates: Sequence[Rate]) -> dict[str, float | None]:
+    """Seconds of all jobs per device, None where a method was not measured on it."""
+    costs: dict[str, float | None] = {}
+    for device in dict.fromkeys(r["device"] for r in rates):
+        each: list[Any] = [seconds(job, rates, device) for job in jobs]
+        costs[device] = None if None in each else sum(each)
+    return costs
