@@ -378,7 +378,8 @@ def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> Agent
     actor = Actor(config.hidden_dims, action_dim).init(key_actor, obs)
     critic = Critic(config.hidden_dims, bool(config.critic_layer_norm))
     keys = jax.random.split(key_critics, 2)
-    critics = jax.vmap(critic.init, (0, None, None))(keys, obs, action)
+    # Not vmapped: several batched QRs at once can deadlock jaxlib 0.10 on CPUs.
+    critics = jax.lax.map(lambda key: critic.init(key, obs, action), keys)
     value = Value(config.hidden_dims).init(key_value, obs)
     adam_actor, adam_critics, adam_value = optimizers(config)
     return AgentState(

@@ -95,32 +95,54 @@ def show(planned: Sequence[tuple[Job, str]], rates: Sequence[sweeps.Rate]) -> No
 # =============================================================================== Run
 
 
-def run(job: Job, folder: Path) -> Path:
-    """Trains a job, or goes on with it; returns the folder of the finished run.
+WATCHED = """
+import os, runpy, sys, threading
+
+def watch():
+    os.read(0, 1)  # returns when the sweep is no more, however it ended
+    os._exit(1)
+
+threading.Thread(target=watch, daemon=True).start()
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_script(algorithm: str, args: Sequence[str], output: Path) -> None:
+    """Runs a script to its end, or to the sweep's.
 
     Raises:
-        SweepError: the script failed; its output is in `folder`/output.txt.
+        SweepError: the script failed; what it said is in `output`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    begun = [path.parent for path in sorted(folder.glob("*/config.json"))]
-    for path in begun:  # an orphan of a killed sweep may still be at work
-        with FileLock(path / ".lock"):
-            if (path / "result.json").exists():
-                return path
-    script = [sys.executable, str(ROOT / f"{job.algorithm}.py")]
-    place = ["--resume", str(begun[0])] if begun else ["--run-dir", str(folder)]
-    output = folder / "output.txt"
+    script = [sys.executable, "-c", WATCHED, str(ROOT / f"{algorithm}.py"), *args]
     with output.open("a", encoding="utf-8") as file:
-        args = place if begun else [*job.arguments(), *place]
-        process = subprocess.Popen([*script, *args], stdout=file, stderr=file)
+        process = subprocess.Popen(
+            script, stdin=subprocess.PIPE, stdout=file, stderr=file
+        )
         try:
             code = process.wait()
         finally:
             process.terminate()
             process.wait()
     if code != 0:
-        last = output.read_text(encoding="utf-8").strip().splitlines()[-1:]
-        raise SweepError(f"exit code {code}: {' '.join(last)} (see {output})")
+        said = output.read_text(encoding="utf-8").strip().splitlines() or ["nothing"]
+        raise SweepError(f"{said[-1]} (exit code {code}, see {output})")
+
+
+def run(job: Job, folder: Path) -> Path:
+    """Trains a job, or goes on with it; returns the folder of the finished run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = [path.parent for path in sorted(folder.glob("*/config.json"))]
+    for path in begun:
+        with FileLock(path / ".lock"):  # waits for another sweep at the same job
+            if (path / "result.json").exists():
+                return path
+    if begun:
+        args = ["--resume", str(begun[0])]
+    else:
+        args = [*job.arguments(), "--run-dir", str(folder)]
+    run_script(job.algorithm, args, folder / "output.txt")
     return next(iter(folder.glob("*/result.json"))).parent
 
 

@@ -47,7 +47,7 @@ class Sweep:
     num_updates: int = 1_000_000  # critic updates
     eval_every: int | None = None  # critic updates; unset: the scripts' default
     scales: tuple[float, ...] = ()  # TD3-BST's lam, as multiples of dim(A)
-    set: tuple[str, ...] = ()  # NAME=VALUE, further options for every method
+    set: tuple[str, ...] = ()  # NAME=VALUE, options for methods without their own
     out: Path = Path("runs/reproduce")  # results.csv, tables, figures, runs; resumed
     shard: str = "1/1"  # i/n: of the jobs, the i-th, i + n-th, ...
     dry_run: bool = False  # print the commands and their cost
@@ -97,7 +97,12 @@ class Sweep:
 
 
 TABLES: dict[str, Sweep] = {
-    "quick": Sweep((EMBEDDED,), num_seeds=4, num_updates=10_000, eval_every=2500),
+    "quick": Sweep(
+        (EMBEDDED,),
+        num_seeds=4,
+        num_updates=10_000,
+        set=("eval_episodes=50", "num_morse_updates=2500"),
+    ),
     "locomotion": Sweep(D4RL),
     "antmaze": Sweep(ANTMAZE),
     "ablation-scale": Sweep(
@@ -162,10 +167,10 @@ def jobs(sweep: Sweep, action_dim: Mapping[str, int]) -> list[Job]:
     for dataset in sweep.datasets:
         for method in sweep.methods:
             algorithm, own = METHODS[method]
-            options = own | {"num_updates": str(sweep.num_updates)}
+            options = {**dict(sweep.further), **own}
+            options["num_updates"] = str(sweep.num_updates)
             if sweep.eval_every:
                 options["eval_every"] = str(sweep.eval_every)
-            options |= dict(sweep.further)
             scales = tuple(f"{x * action_dim[dataset]:.9g}" for x in sweep.scales)
             seeds = tuple(range(sweep.seed, sweep.seed + sweep.num_seeds))
             pairs = tuple(sorted(options.items()))
@@ -284,11 +289,19 @@ def seconds(job: Job, rates: Sequence[Rate], device: str) -> float | None:
     embedded, maze = job.dataset == EMBEDDED, "maze" in job.dataset
     morse = int(options.get("num_morse_updates", 5000 if embedded else 20_000))
     every = int(options.get("eval_every", 50_000 if maze and not embedded else 5000))
+    lanes = rounds(job.lanes, device) / rounds(int(rate["lanes"]), device)
+    lanes *= int(rate["lanes"])  # at the rate of those measured
     spent = float(rate["seconds_besides"])
-    spent += job.lanes * updates / float(rate["updates_per_second"])
+    spent += lanes * updates / float(rate["updates_per_second"])
     if morse and rate["morse_updates_per_second"]:
-        spent += job.lanes * morse / float(rate["morse_updates_per_second"])
+        spent += lanes * morse / float(rate["morse_updates_per_second"])
     return spent + -(-updates // every) * float(rate["seconds_per_evaluation"])
+
+
+def rounds(lanes: int, device: str) -> int:
+    """Lanes that follow each other: on a CPU a core trains one at a time."""
+    cores = int(device.split()[1]) if device.startswith("cpu, ") else 1
+    return -(-lanes // cores)
 
 
 def duration(spent: float) -> str:

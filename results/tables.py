@@ -440,6 +440,31 @@ def official_antmaze_table(
     )
 
 
+def cost_table(rates: Sequence[sweeps.Rate]) -> str:
+    """What the named tables take on the devices that were measured, and on a GPU."""
+    devices = list(dict.fromkeys(rate["device"] for rate in rates))
+    if all("cpu" in device for device in devices):
+        devices.append("a GPU")
+    lines = []
+    for name, sweep in sweeps.TABLES.items():
+        jobs = sweeps.jobs(sweep, dict.fromkeys(sweep.datasets, 1))
+        spent = sweeps.total(jobs, rates)
+        known = [spent.get(device) for device in devices]
+        costs = ["not measured" if c is None else sweeps.duration(c) for c in known]
+        policies = sum(job.lanes for job in jobs)
+        counts = [str(len(jobs)), str(policies), f"{sweep.num_updates:,}"]
+        lines.append([f"`{name}`", *counts, *costs])
+    head = ["table", "processes", "policies", "updates of each", *devices]
+    return _markdown(head, lines)
+
+
+def rate_table(rates: Sequence[sweeps.Rate]) -> str:
+    """The measured rates themselves."""
+    names = sweeps.RATE_COLUMNS[:-1]
+    lines = sorted([rate[name] or "-" for name in names] for rate in rates)
+    return _markdown([name.replace("_", " ") for name in names], lines)
+
+
 # --------------------------------------------------------------------------- pages
 
 
@@ -463,7 +488,9 @@ def report(rows: Sequence[Row], name: str) -> str:
 
 
 def pages(
-    rows: Sequence[Row], references: Sequence[Mapping[str, str]]
+    rows: Sequence[Row],
+    references: Sequence[Mapping[str, str]],
+    rates: Sequence[sweeps.Rate],
 ) -> dict[str, dict[str, str]]:
     """The tables of each page, by marker."""
     both = f"{standin_table(rows)}\n\n{aggregate_table(rows, datasets=standins(rows))}"
@@ -474,6 +501,8 @@ def pages(
             "ablation": ablation_table(rows),
         },
         "results/README.md": {
+            "cost": cost_table(rates),
+            "rates": rate_table(rates),
             "official": official_table(rows, references),
             "official-antmaze": official_antmaze_table(rows, references),
         },
@@ -501,8 +530,9 @@ def update(root: Path, check: bool) -> None:
     """Writes the tables into the pages, or exits if a page has others."""
     rows = store.read(root / "results" / "runs.csv")
     references = read_references(root / "results" / "reference_scores.csv")
+    rates = sweeps.read_rates(root / "results" / "rates.csv")
     made = {}
-    for name, tables in pages(rows, references).items():
+    for name, tables in pages(rows, references, rates).items():
         text = (root / name).read_text(encoding="utf-8")
         try:
             made[name] = with_tables(text, tables)

@@ -20,6 +20,7 @@ TINY = {  # small counts, appended to the scripts' own options
     **dict.fromkeys(("td3_bst.py", "td3_bc.py", "iql_bst.py"), COUNTS),
     "morse.py": "--num-morse-updates 2",
 }
+SWEEP = ["--num-updates", "4", "--num-seeds", "1", "--set", "num_morse_updates=2"]
 
 
 def blocks(language: str) -> list[str]:
@@ -80,6 +81,16 @@ def test_command_runs(line, arrays_file, finished, tmp_path):
     assert (ROOT / script).is_file()
     if "--help" in args:
         subprocess.run([sys.executable, str(ROOT / script), *args], check=True)
+        return
+    if script == "results/reproduce.py":
+        for option in ("--datasets", "--num-seeds"):
+            args = without(args, option)
+        own = ["--datasets", str(arrays_file), "--methods", "TD3-BST", *SWEEP]
+        subprocess.run(
+            [sys.executable, str(ROOT / script), *args, *own, "--out", str(tmp_path)],
+            check=True,
+        )
+        assert (tmp_path / "results.csv").exists() != ("--dry-run" in args)
         return
     if "--resume" in args:
         args[args.index("--resume") + 1] = str(finished)

@@ -11,12 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import jax
-import minari
 import numpy as np
 import pytest
-from minari.data_collector import EpisodeBuffer
 from safetensors.numpy import load_file
 
 import iql_bst
@@ -47,47 +44,6 @@ def arrays_file(tmp_path_factory) -> Path:
         timeouts=timeouts,
     )
     return path
-
-
-@pytest.fixture(scope="module")
-def pendulum(tmp_path_factory):
-    """A local Minari dataset of InvertedPendulum-v5, four random episodes."""
-    root = tmp_path_factory.mktemp("minari")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINARI_DATASETS_PATH", str(root))
-        env = gym.make("InvertedPendulum-v5")
-        env.action_space.seed(0)
-        buffers = []
-        for seed in range(4):
-            obs, _ = env.reset(seed=seed)
-            buffer = EpisodeBuffer(id=seed, seed=seed, observations=[obs])
-            done = False
-            while not done:
-                action = env.action_space.sample()
-                obs, reward, terminated, truncated, info = env.step(action)
-                done = terminated or truncated
-                buffer = buffer.add_step_data(
-                    {
-                        "observation": obs,
-                        "action": action,
-                        "reward": reward,
-                        "terminated": terminated,
-                        "truncated": truncated,
-                        "info": info,
-                    }
-                )
-            buffers.append(buffer)
-        minari.create_dataset_from_buffers(
-            "test/pendulum/random-v0",
-            buffers,
-            env=env,
-            eval_env="InvertedPendulum-v5",
-            algorithm_name="random",
-            description="for a test",
-            **dict.fromkeys(("author", "author_email", "code_permalink"), "none"),
-        )
-        env.close()
-        yield "test/pendulum/random-v0"
 
 
 def command(*args: object) -> list[str]:

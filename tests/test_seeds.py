@@ -162,3 +162,25 @@ def test_map_seeds_donates_the_first_argument():
     )
     assert_same(donating(agents), expected)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(agents))
+
+
+def test_init_of_every_algorithm_ends_on_two_devices():
+    # Batched QRs, IQL's orthogonal layers of both critics say, wait for each other's
+    # threads in jaxlib 0.10: vmapped, this hung within 200 rounds, 4 times of 4.
+    code = """
+import importlib, jax
+jax.config.update("jax_num_cpu_devices", 2)
+from functools import partial
+from common import seeds
+mesh = seeds.mesh(2)
+lanes = seeds.lanes([0, 1, 2, 3], mesh)
+for name in ("iql_bst", "td3_bst"):
+    module = importlib.import_module(name)
+    config = module.Config(critic_layer_norm=False)
+    init = partial(module.init, obs_dim=6, action_dim=2, config=config)
+    mapped = seeds.map_seeds(init, (True,), mesh)
+    for stage in range(200):
+        jax.block_until_ready(mapped(seeds.stage_keys(lanes, stage)))
+"""
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=root)

@@ -30,7 +30,7 @@ IQL_BST = {
     "Actor": "the log sigma of AWR",
     "td_target": "the value of the next observation instead of target networks",
     "optimizers": "the value's, the actor's decay",
-    "init": "the value",
+    "init": "the value; one critic after the other",
     "update_critics": "no noise to draw; the targets follow here",
     "update_actor": "AWR, no target actor",
     "update": "one value, actor and critic step on one batch",

@@ -333,7 +333,7 @@ def test_reports():
 def project(folder: Path, rows: list[store.Row], text: str = "") -> Path:
     """A folder with the two pages, of which README.md ends with `text`."""
     references = (store.ROOT / "results/reference_scores.csv").read_text("utf-8")
-    for name, tables_ in tables.pages([], []).items():
+    for name, tables_ in tables.pages([], [], []).items():
         (folder / name).parent.mkdir(exist_ok=True)
         pairs = "".join(f"<!-- {n} -->\nold\n<!-- end {n} -->\n" for n in tables_)
         (folder / name).write_text(f"head\n{pairs}{text}", "utf-8")
@@ -447,3 +447,34 @@ def test_a_curve_is_over_seeds_that_have_values():
     steps, table = figures._evaluations(runs, "score")
     np.testing.assert_array_equal(steps, [2, 4])
     np.testing.assert_array_equal(table, [[np.nan, 12.0], [4.0, 14.0]])
+
+
+def test_costs_say_what_is_not_measured():
+    methods = (*tables.COMPARED, "10%BC")
+    rates = [
+        dict(
+            zip(
+                tables.sweeps.RATE_COLUMNS,
+                [
+                    "cpu, 2 cores",
+                    method,
+                    "pointmaze",
+                    "4",
+                    "1000",
+                    "1000",
+                    "1",
+                    "6",
+                    "c",
+                ],
+                strict=True,
+            )
+        )
+        for method in methods
+    ]
+    # quick: 5 processes of 4 lanes x 10,000 / 1000 + 2 evaluations + 6 = 48 seconds,
+    # and 4 x 2500 / 1000 = 10 for the two that fit Morse networks: 260 seconds.
+    (line,) = [x for x in tables.cost_table(rates).splitlines() if "`quick`" in x]
+    assert line == "| `quick` | 5 | 20 | 10,000 | 4 min | not measured |"
+    (line,) = [x for x in tables.cost_table(rates[2:]).splitlines() if "quick" in x]
+    assert line.count("not measured") == 2
+    assert tables.rate_table(rates).count("pointmaze") == 6
