@@ -116,7 +116,7 @@ def save_morse(
     """Writes one fitted Morse network, and its last loss, to `folder`/morse."""
     meta = dict(scale=float(scale), config=to_json(config), fingerprint=fingerprint)
     meta |= dict(standardised=standardised, loss=loss)
-    path = folder / "morse" / f"scale{float(scale):g}-seed{seed}.safetensors"
+    path = folder / "morse" / f"scale{float(scale):.9g}-seed{seed}.safetensors"
     checkpoint.save_tree(path, params, meta)
 
 
@@ -134,7 +134,7 @@ def load_morse(
     Raises:
         UserError: there is no such network, or its data or settings are others.
     """
-    path = folder / "morse" / f"scale{float(scale):g}-seed{seed}.safetensors"
+    path = folder / "morse" / f"scale{float(scale):.9g}-seed{seed}.safetensors"
     if not path.is_file():
         there = sorted(p.stem for p in (folder / "morse").glob("*.safetensors"))
         raise UserError(
@@ -380,9 +380,10 @@ class Run:
             path = self.folder / "checkpoint" / f"step-{step:09d}.safetensors"
             meta = dict(step=step, rows=rows, seeds=self.seeds)
             meta |= dict(constants=self.constants)
-            checkpoint.save_tree(path, self._whole(state), meta)
             spent = dict(wall=self.wall, trained=self.trained)
+            # First, so that there is one wherever there is a checkpoint.
             checkpoint.write_json(self.folder / "wall.json", spent)
+            checkpoint.save_tree(path, self._whole(state), meta)
             for old in self._checkpoints(self.folder)[:-2]:
                 old.unlink()
         self._evaluate(step, actor, rows)

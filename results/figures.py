@@ -1,5 +1,9 @@
-"""Pictures of results: learning curves, and the sweep over the Morse kernel's lam."""
+"""Pictures of results: learning curves, and the sweep over the Morse kernel's lam.
 
+uv run results/figures.py    draw those of results/runs.csv into results/figures/
+"""
+
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from results import tables
+if __name__ == "__main__":  # a script's own folder comes first; put the root there
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from results import store, tables
 from results.store import Row
 from results.tables import EMBEDDED, Run
 
@@ -214,3 +221,17 @@ def _legend(ax: Axes) -> None:
     if ax.get_legend_handles_labels()[0]:
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
         ax.legend(**place, ncols=2, fontsize=7, frameon=False, columnspacing=1.2)
+
+
+def main(root: Path = store.ROOT) -> None:
+    """Draws the pages' figures."""
+    rows = store.read(root / "results" / "runs.csv")
+    folder = root / "results" / "figures"
+    quick = [row for row in rows if row["dataset"] == EMBEDDED]
+    learning_curves(folder / "quick.png", quick, step=10_000)
+    learning_curves(folder / "standins.png", rows, step=100_000)
+    ablation(folder / "ablation-scale.png", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ killed goes on where it was: type the same command again.
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def show(planned: Sequence[tuple[Job, str]], rates: Sequence[sweeps.Rate]) -> No
     for job, _ in planned:
         costs = ((device, sweeps.seconds(job, rates, device)) for device in devices)
         known = [f"{sweeps.duration(spent)} on {d}" for d, spent in costs if spent]
-        print(f"uv run {job.algorithm}.py {' '.join(job.arguments())}")
+        print(f"uv run {job.algorithm}.py {shlex.join(job.arguments())}")
         print(f"    # {job.method}, {', '.join(known) or 'not measured'}")
     lanes = sum(job.lanes for job, _ in planned)
     print(f"{len(planned)} processes, {lanes} policies to train")
@@ -197,11 +198,22 @@ def rate_of(job: Job, run: Path, spent: float) -> sweeps.Rate:
     return {name: str(values[name]) for name in sweeps.RATE_COLUMNS}
 
 
+def check_code(job: Job, code: str) -> None:
+    """Refuses to run or to keep what other code than the planned one makes."""
+    if store.code_hash(job.algorithm) != code:
+        raise SweepError(
+            f"{job.algorithm}.py, morse.py or common/ changed while the sweep ran; "
+            "start it again"
+        )
+
+
 def finish(job: Job, code: str, out: Path) -> None:
     """Trains a job and adds its rows, all at once, and its rate."""
     folder = out / "runs" / job.name(code)
     fresh, begin = not folder.exists(), time.perf_counter()
+    check_code(job, code)
     done = run(job, folder)
+    check_code(job, code)
     if fresh:
         rate = rate_of(job, done, time.perf_counter() - begin)
         sweeps.add_rate(out / "rates.csv", rate)
@@ -319,7 +331,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(main())
-    except (SweepError, ValueError) as error:
+    except (OSError, SweepError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -326,6 +326,13 @@ def test_scales_share_one_process(pendulum: str, tmp_path: Path):
     assert half != double
 
 
+def test_other_code_than_planned_is_not_kept(tmp_path: Path, capsys):
+    (job,) = sweeps.jobs(replace(QUICK, methods=("BC",)), {})
+    (line,) = reproduce.train_all([(job, "another hash")], tmp_path)
+    assert "changed while the sweep ran" in line
+    assert not (tmp_path / "results.csv").exists()
+
+
 def test_a_failed_job_stops_no_other(pendulum: str, tmp_path: Path):
     args = ["--datasets", "no/such-v0", pendulum, "--methods", "BC"]
     done = run(tmp_path, *args, code=1)

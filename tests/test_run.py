@@ -323,6 +323,27 @@ def test_the_best_episodes_are_trained_on(capsys, tmp_path, arrays_file):
     td3_bc.main(["--resume", str(folder)])
 
 
+def test_a_run_killed_inside_its_first_checkpoint_goes_on(
+    capsys, tmp_path, arrays_file, monkeypatch
+):
+    args = ("--dataset", arrays_file, "--num-updates", 10, "--run-dir", tmp_path)
+    written, save_tree = [], checkpoint.save_tree
+
+    def save_and_die(path, *rest):
+        save_tree(path, *rest)
+        written.append(path)
+        if path.parent.name == "checkpoint":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_tree", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(capsys, *args)
+    monkeypatch.undo()
+    assert written[-1].name == "step-000000000.safetensors"
+    td3_bst.main(["--resume", str(written[-1].parent.parent)])
+    assert "resumed at update 0" in capsys.readouterr().out
+
+
 def test_a_checkpoint_holds_the_normalisation(capsys, tmp_path, arrays_file):
     args = ("--dataset", arrays_file, "--num-updates", 10, "--run-dir", tmp_path)
     folder = train(capsys, *args)

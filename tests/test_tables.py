@@ -345,7 +345,7 @@ def project(folder: Path, rows: list[store.Row], text: str = "") -> Path:
 def test_pages_are_written_and_checked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    other = "<!-- cost -->\nleft alone\n<!-- end cost -->\n"
+    other = "<!-- mine -->\nleft alone\n<!-- end mine -->\n"
     root = project(tmp_path, [row("BC", HOPPER, 0, 12.3)], other)
     with pytest.raises(SystemExit, match=r"^README.md differs"):
         tables.main(["--check"], root)
