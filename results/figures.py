@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLoc
 if __name__ == "__main__":  # a script's own folder comes first; put the root there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from results import store, tables
+from results import store, sweeps, tables
 from results.store import Row
 from results.tables import EMBEDDED, Run
 
@@ -83,12 +83,12 @@ def ablation(path: Path, rows: Sequence[Row], value: str = "score") -> None:
         value: the column, as in `learning_curves`.
     """
     runs = tables.runs_of(rows)
-    panels = tables.sweep(runs)
+    panels = tables.by_scale(runs)
     figure, axes = _figure(2, max(1, len(panels)))
     for (dataset, by_lam), (above, below) in zip(panels.items(), axes.T, strict=False):
         column = _column(dataset, value)
         data = tables.chosen(runs, "data", dataset, 0)
-        labels = tables.lam_labels(by_lam)
+        labels = {lam: tables.lam_label(lam, dataset) for lam in by_lam}
         colours = _colours(by_lam)
         _against_lam(above, by_lam, labels, colours, column)
         for lam, own in by_lam.items():
@@ -228,7 +228,8 @@ def main(root: Path = store.ROOT) -> None:
     rows = store.read(root / "results" / "runs.csv")
     folder = root / "results" / "figures"
     quick = [row for row in rows if row["dataset"] == EMBEDDED]
-    learning_curves(folder / "quick.png", quick, step=10_000)
+    updates = sweeps.TABLES["quick"].num_updates
+    learning_curves(folder / "quick.png", quick, step=updates)
     learning_curves(folder / "standins.png", rows, step=100_000)
     ablation(folder / "ablation-scale.png", rows)
 

@@ -34,6 +34,7 @@ from results.sweeps import Job, Sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = ROOT / "results" / "rates.csv"
+HARMLESS = {"eval_episodes", "num_morse_updates"}  # to a rate
 MEASURED = ("return", "score", "success", "length")
 
 
@@ -54,13 +55,16 @@ class SweepError(Exception):
 
 def action_dims(sweep: Sweep) -> dict[str, int]:
     """dim(A) of the datasets, which the scales are multiples of."""
-    if not sweep.scales:
-        return {}
+    return {name: action_dim(name) for name in sweep.datasets if sweep.scales}
+
+
+def action_dim(dataset: str) -> int:
+    """Known by name, or read."""
     from common import datasets
     from common.errors import UserError
 
     try:
-        return {name: datasets.load(name).action_dim for name in sweep.datasets}
+        return sweeps.action_dim(dataset) or datasets.load(dataset).action_dim
     except UserError as error:
         raise SweepError(str(error)) from error
 
@@ -117,7 +121,8 @@ def run_script(algorithm: str, args: Sequence[str], output: Path) -> None:
         SweepError: the script failed; what it said is in `output`.
     """
     script = [sys.executable, "-c", WATCHED, str(ROOT / f"{algorithm}.py"), *args]
-    with output.open("a", encoding="utf-8") as file:
+    with output.open("ab") as file:
+        begin = file.tell()
         process = subprocess.Popen(
             script, stdin=subprocess.PIPE, stdout=file, stderr=file
         )
@@ -127,29 +132,36 @@ def run_script(algorithm: str, args: Sequence[str], output: Path) -> None:
             process.terminate()
             process.wait()
     if code != 0:
-        said = output.read_text(encoding="utf-8").strip().splitlines() or ["nothing"]
-        raise SweepError(f"{said[-1]} (exit code {code}, see {output})")
+        said = output.read_bytes()[begin:].decode(errors="replace").splitlines()
+        lines = [line.strip(" │╭╮╰╯─") for line in said]  # a bad option is in a box
+        lines = [x for x in lines if x and not x.startswith("For full helptext")]
+        what = lines[-1] if lines else "it said nothing"
+        raise SweepError(f"{what} (exit code {code}, see {output})")
 
 
 def run(job: Job, folder: Path) -> Path:
     """Trains a job, or goes on with it; returns the folder of the finished run."""
-    folder.mkdir(parents=True, exist_ok=True)
+    for done in folder.glob("*/result.json"):
+        return done.parent
     begun = [path.parent for path in sorted(folder.glob("*/config.json"))]
-    for path in begun:
-        with FileLock(path / ".lock"):  # waits for another sweep at the same job
-            if (path / "result.json").exists():
-                return path
     if begun:
         args = ["--resume", str(begun[0])]
     else:
         args = [*job.arguments(), "--run-dir", str(folder)]
     run_script(job.algorithm, args, folder / "output.txt")
-    return next(iter(folder.glob("*/result.json"))).parent
+    for done in folder.glob("*/result.json"):
+        return done.parent
+    raise SweepError(f"{job.algorithm}.py left no result.json in {folder}")
 
 
 def rows_of(job: Job, code: str, run: Path) -> list[store.Row]:
     """A finished run's rows: its evaluations, and the behaviour's own figures."""
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    if not result["eval_episodes"]:
+        raise SweepError(
+            f"there are no scores: {job.dataset} was not evaluated, {run.parent} says "
+            "why; delete that folder to train again"
+        )
     with (run / "log.csv").open(newline="", encoding="utf-8") as file:
         log = list(csv.DictReader(file))
     scales = {float(scale): scale for scale in job.scales}
@@ -207,37 +219,48 @@ def check_code(job: Job, code: str) -> None:
         )
 
 
-def finish(job: Job, code: str, out: Path) -> None:
+def finish(job: Job, code: str, options: Sweep) -> None:
     """Trains a job and adds its rows, all at once, and its rate."""
+    out = options.out
     folder = out / "runs" / job.name(code)
-    fresh, begin = not folder.exists(), time.perf_counter()
+    fresh, begin = not any(folder.iterdir()), time.perf_counter()
     check_code(job, code)
     done = run(job, folder)
     check_code(job, code)
-    if fresh:
+    if fresh and {name for name, _ in options.further} <= HARMLESS:
         rate = rate_of(job, done, time.perf_counter() - begin)
         sweeps.add_rate(out / "rates.csv", rate)
     store.add(out / "results.csv", rows_of(job, code, done))
 
 
-def train_all(planned: Sequence[tuple[Job, str]], out: Path) -> list[str]:
+def train(job: Job, code: str, options: Sweep) -> str:
+    """Trains a job unless another sweep has, meanwhile; says how it went."""
+    begin, path = time.perf_counter(), options.out / "results.csv"
+    lock = options.out / "runs" / f".{job.name(code)}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):  # waits for another sweep at the same job
+        if not sweeps.missing(job, sweeps.held(store.read(path)), code):
+            return "done by another sweep"
+        (options.out / "runs" / job.name(code)).mkdir(exist_ok=True)
+        finish(job, code, options)
+    return f"done in {sweeps.duration(time.perf_counter() - begin)}"
+
+
+def train_all(planned: Sequence[tuple[Job, str]], options: Sweep) -> list[str]:
     """Trains every job; returns what went wrong, a line per failed one."""
     failed = []
-    with tqdm(
-        total=sum(job.lanes for job, _ in planned), unit=" policies", disable=None
-    ) as bar:
+    lanes = sum(job.lanes for job, _ in planned)
+    with tqdm(total=lanes, unit=" policies", disable=None) as bar:
         for number, (job, code) in enumerate(planned, 1):
             what = f"{job.method} on {job.dataset}, {job.lanes} policies"
             tqdm.write(f"[{number}/{len(planned)}] {what}", file=sys.stdout)
             sys.stdout.flush()
-            begin = time.perf_counter()
             try:
-                finish(job, code, out)
-                spent = sweeps.duration(time.perf_counter() - begin)
-                tqdm.write(f"    done in {spent}", file=sys.stdout)
-            except SweepError as error:
+                told = train(job, code, options)
+            except (OSError, SweepError, ValueError) as error:
+                told = f"failed: {error}"
                 failed.append(f"{what}: {error}")
-                tqdm.write(f"    failed: {error}", file=sys.stdout)
+            tqdm.write(f"    {told}", file=sys.stdout)
             bar.update(job.lanes)
     return failed
 
@@ -270,9 +293,10 @@ def report(table: str, options: Sweep, planned: Sequence[Job]) -> None:
     rows = rows_wanted(planned, store.read(out / "results.csv"))
     shared = {name for name, _ in options.further}
     rows = [without(row, shared) for row in rows]
-    text = tables.report(rows, table)
+    kind = "ablation-scale" if options.scales else table
+    text = tables.report(rows, kind)
     (out / f"{table}.md").write_text(text + "\n", encoding="utf-8")
-    draw = figures.ablation if table == "ablation-scale" else figures.learning_curves
+    draw = figures.ablation if options.scales else figures.learning_curves
     draw(out / f"{table}.png", rows)
     there, cells = sweeps.held(rows), sum(job.lanes for job in planned)
     print(f"\n{text}\n\n{len(there)} of {cells} policies are there")
@@ -287,13 +311,15 @@ def sweep(table: str, options: Sweep) -> int:
     """Runs a table's missing jobs; returns the exit code."""
     out = options.out
     every = sweeps.jobs(options, action_dims(options))
-    planned = to_do(sweeps.part(every, options), out / "results.csv")
+    share = sweeps.part(every, options)
+    planned = to_do(share, out / "results.csv")
     if options.dry_run:
         show(planned, sweeps.read_rates(RATES, out / "rates.csv"))
         return 0
-    failed = train_all(planned, out)
     if not planned:
-        print(f"nothing to run: {out / 'results.csv'} holds every cell")
+        told = f"{out / 'results.csv'} holds every cell of its {len(share)} processes"
+        print(f"nothing to run in shard {options.shard}: {told}")
+    failed = train_all(planned, options)
     if store.read(out / "results.csv"):
         report(table, options, every)
     for line in failed:

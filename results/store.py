@@ -76,7 +76,7 @@ def code_hash(algorithm: str, root: Path = ROOT) -> str:
 def method_of(algorithm: str, options: Mapping[str, str]) -> str:
     """The tables' name of what was trained: TD3-BST, BC, 10%BC, IQL, ..."""
     names = {"td3_bst": "TD3-BST", "td3_bc": "TD3+BC", "iql_bst": "IQL-BST"}
-    method = {**names, "data": "data"}[algorithm]
+    method = names.get(algorithm, algorithm)
     if options.get("policy_step") == "awr":
         method = "IQL"
     if float(options.get("alpha", 1)) == 0:
@@ -85,10 +85,7 @@ def method_of(algorithm: str, options: Mapping[str, str]) -> str:
     return method if fraction == 1 else f"{100 * fraction:g}%{method}"
 
 
-def command(algorithm: str, options: Mapping[str, str], dataset: str) -> str:
-    """The shell command that runs an algorithm with these options."""
-    words = ["uv", "run", f"{algorithm}.py", "--dataset", dataset]
-    return " ".join([*words, *arguments(options)])
+FLAGS = {"supervisor_gradient"}  # not to be left unset, so they take no value
 
 
 def arguments(options: Mapping[str, str]) -> list[str]:
@@ -96,7 +93,7 @@ def arguments(options: Mapping[str, str]) -> list[str]:
     words = []
     for name, value in options.items():
         option = name.replace("_", "-")
-        if value in ("True", "False"):
+        if name in FLAGS:
             words.append(f"--{'' if value == 'True' else 'no-'}{option}")
         else:
             words += [f"--{option}", *value.split(",")]
@@ -121,17 +118,20 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: the file has other columns.
     """
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    if tuple(reader.fieldnames or ()) != COLUMNS or any(
-        None in row or None in row.values() for row in rows
-    ):
-        raise ValueError(
-            f"{path} is not a CSV of results: expected the columns {', '.join(COLUMNS)}"
-        )
+    return read_csv(path, COLUMNS) if path.exists() else []
+
+
+def read_csv(path: Path, columns: tuple[str, ...]) -> list[Row]:
+    """The rows of a CSV of just these columns; else a ValueError."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (csv.Error, UnicodeError) as error:
+        raise ValueError(f"{path} is not a CSV file: {error}") from error
+    whole = not any(None in row or None in row.values() for row in rows)
+    if tuple(reader.fieldnames or ()) != columns or not whole:
+        raise ValueError(f"{path}: expected the columns {', '.join(columns)}")
     return rows
 
 

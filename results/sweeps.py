@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,16 @@ METHODS: dict[Method, tuple[str, dict[str, str]]] = {  # script, options
 }
 OWN = {"dataset", "seed", "num_seeds", "num_updates", "eval_every", "run_dir", "resume"}
 OWN |= {"sweep", "morse", "track", "alpha", "policy_step", "best_fraction"}
+# What an update costs, roughly, so that shards are alike on every machine.
+COSTS = {"BC": 1, "10%BC": 1, "TD3+BC": 1, "TD3-BST": 1.4, "IQL": 1.3, "IQL-BST": 1.7}
+
+
+def _value(text: str) -> str:
+    """Numbers as a row has them: 0.10 is 0.1."""
+    try:
+        return f"{float(text):.9g}"
+    except ValueError:
+        return text
 
 
 @dataclass(frozen=True)
@@ -44,12 +55,12 @@ class Sweep:
     methods: tuple[Method, ...] = ALL
     seed: int = 0  # the first seed
     num_seeds: int = 5  # seed, seed + 1, ... side by side in one process
-    num_updates: int = 1_000_000  # critic updates
+    num_updates: int = 1_000_000  # critic updates, an even number
     eval_every: int | None = None  # critic updates; unset: the scripts' default
     scales: tuple[float, ...] = ()  # TD3-BST's lam, as multiples of dim(A)
-    set: tuple[str, ...] = ()  # NAME=VALUE, options for methods without their own
+    set: tuple[str, ...] = ()  # NAME=VALUE, options that all the methods have
     out: Path = Path("runs/reproduce")  # results.csv, tables, figures, runs; resumed
-    shard: str = "1/1"  # i/n: of the jobs, the i-th, i + n-th, ...
+    shard: str = "1/1"  # i/n: the i-th of n parts that cost about the same
     dry_run: bool = False  # print the commands and their cost
 
     def __post_init__(self) -> None:
@@ -57,6 +68,8 @@ class Sweep:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+            if value and name != "num_seeds" and value % 2:
+                raise ValueError(f"{name} must be even, an actor step to two: {value}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         for name in ("datasets", "methods", "scales"):
@@ -71,6 +84,9 @@ class Sweep:
             raise ValueError(f"scales must be above 0, got {self.scales}")
         if self.scales and self.methods != ("TD3-BST",):
             raise ValueError("scales vary TD3-BST's lam: expected --methods TD3-BST")
+        names = [name for name, _ in self.further]
+        if len(set(names)) != len(names) or (self.scales and "scale" in names):
+            raise ValueError(f"set names an option twice: {' '.join(self.set)}")
         for text in self.set:
             name, _, value = text.partition("=")
             if not (name and value) or name.startswith("-") or " " in text:
@@ -100,7 +116,8 @@ TABLES: dict[str, Sweep] = {
     "quick": Sweep(
         (EMBEDDED,),
         num_seeds=4,
-        num_updates=10_000,
+        num_updates=6_000,
+        eval_every=2_000,
         set=("eval_episodes=50", "num_morse_updates=2500"),
     ),
     "locomotion": Sweep(D4RL),
@@ -178,18 +195,16 @@ def jobs(sweep: Sweep, action_dim: Mapping[str, int]) -> list[Job]:
     return made
 
 
-def _value(text: str) -> str:
-    """Numbers as a row has them: 0.10 is 0.1."""
-    try:
-        return f"{float(text):.9g}"
-    except ValueError:
-        return text
-
-
 def part(jobs: Sequence[Job], sweep: Sweep) -> list[Job]:
-    """The shard's share."""
+    """The shard's share: the costliest job to the shard with least to do, and so on."""
     index, total = sweep.part
-    return list(jobs[index - 1 :: total])
+    loads: list[float] = [0.0] * total
+    shares: list[list[Job]] = [[] for _ in loads]
+    for job in sorted(jobs, key=lambda job: -job.lanes * COSTS[job.method]):
+        least = loads.index(min(loads))
+        loads[least] += job.lanes * COSTS[job.method]
+        shares[least].append(job)
+    return [job for job in jobs if job in shares[index - 1]]
 
 
 Cell = tuple[str, str, str, int, str]  # algorithm, options, dataset, seed, code hash
@@ -250,8 +265,7 @@ def read_rates(*paths: Path) -> list[Rate]:
     rates: list[Rate] = []
     for path in reversed(paths):
         if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                rates += [r for r in csv.DictReader(file) if None not in r.values()]
+            rates += store.read_csv(path, RATE_COLUMNS)
     return rates
 
 
@@ -265,6 +279,24 @@ def add_rate(path: Path, rate: Rate) -> None:
         writer.writeheader()
         writer.writerows(rate for _, rate in sorted(rates.items()))
         store.write_text(path, text.getvalue())
+
+
+AGENTS = {  # dim(A) by the word that a dataset's name has
+    "antmaze": 8,
+    "pointmaze": 2,
+    "maze2d": 2,
+    "halfcheetah": 6,
+    "hopper": 3,
+    "walker2d": 6,
+    "ant": 8,
+}
+
+
+def action_dim(dataset: str) -> int | None:
+    """dim(A) of the well-known datasets; None of others and of files."""
+    words = re.split(r"[/-]", dataset)
+    known = [AGENTS[word] for word in words if word in AGENTS]
+    return known[0] if known and not Path(dataset).exists() else None
 
 
 def domain_of(dataset: str) -> str:
@@ -281,9 +313,7 @@ def seconds(job: Job, rates: Sequence[Rate], device: str) -> float | None:
     if not near:
         return None
     domain = domain_of(job.dataset)
-    rate = min(
-        near, key=lambda r: (r["domain"] != domain, abs(int(r["lanes"]) - job.lanes))
-    )
+    rate = min(near, key=lambda r: r["domain"] != domain)  # the first of these
     options = dict(job.options)
     updates = int(options["num_updates"])
     embedded, maze = job.dataset == EMBEDDED, "maze" in job.dataset

@@ -101,17 +101,15 @@ def is_finished(run: Run) -> bool:
 def one_per_seed(runs: Sequence[Run]) -> list[Run]:
     """One run of each seed, in the seeds' order.
 
-    Of several, that of the code with most seeds; then that of the code, and at last
-    the run, that comes last in the file.
+    Of several, that of the present code, else that of the code with most seeds.
     """
+    present = {store.code_hash(script) for script in store.SCRIPTS}
     seeds: dict[str, set[str]] = {}
-    last: dict[str, int] = {}
     for run in runs:
         seeds.setdefault(run.code_hash, set()).add(run.seed)
-        last[run.code_hash] = max(run.place, last.get(run.code_hash, 0))
 
-    def rank(run: Run) -> tuple[int, int, int]:
-        return len(seeds[run.code_hash]), last[run.code_hash], run.place
+    def rank(run: Run) -> tuple[bool, int, int]:
+        return run.code_hash in present, len(seeds[run.code_hash]), run.place
 
     found = {run.seed: run for run in sorted(runs, key=rank)}
     return [found[seed] for seed in sorted(found, key=lambda s: int(s or -1))]
@@ -131,7 +129,7 @@ def largest_step(runs: Sequence[Run]) -> int:
     return max((r.step for r in runs if is_plain(r) and is_finished(r)), default=0)
 
 
-def sweep(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
+def by_scale(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
     """By dataset and lam, TD3-BST's runs with `--scale`, at their largest step."""
     found: dict[str, list[Run]] = {}
     for run in runs:
@@ -139,30 +137,25 @@ def sweep(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
         scaled = "scale" in names and names <= PLAIN | {"scale"}
         if run.method == "TD3-BST" and scaled and is_finished(run):
             found.setdefault(run.dataset, []).append(run)
-    sweeps: dict[str, dict[float, list[Run]]] = {}
+    groups: dict[str, dict[float, list[Run]]] = {}
     for dataset, own in sorted(found.items()):
         step = max(run.step for run in own)
         by_lam: dict[float, list[Run]] = {}
         for run in own:
             if run.step == step:
                 by_lam.setdefault(float(run.options["scale"]), []).append(run)
-        sweeps[dataset] = {lam: one_per_seed(by_lam[lam]) for lam in sorted(by_lam)}
-    return sweeps
+        groups[dataset] = {lam: one_per_seed(by_lam[lam]) for lam in sorted(by_lam)}
+    return groups
 
 
-def lam_labels(lams: Iterable[float]) -> dict[float, str]:
-    """k/10, k/2, k, 2k where the lams can only be those of a k; else numbers."""
-    names = {1.0: "2k", 0.5: "k", 0.25: "k/2", 0.05: "k/10"}  # by the share of 2k
-    lams = sorted(lams)
-    shares = {lam: round(lam / lams[-1], 6) for lam in lams}
-    k = lams[-1] / 2 if lams else 0.0
-    if (
-        k.is_integer()
-        and set(shares.values()) <= set(names)
-        and 0.05 in shares.values()
-    ):
-        return {lam: f"{names[shares[lam]]} = {lam:g}" for lam in lams}
-    return {lam: f"{lam:g}" for lam in lams}
+def lam_label(lam: float, dataset: str) -> str:
+    """`k/2 = 1.5`, k = dim(A), where the dataset's name tells; else the number."""
+    k = sweeps.action_dim(dataset)
+    if k is None:
+        return f"{lam:g}"
+    names = {0.1: "k/10", 0.5: "k/2", 1.0: "k", 2.0: "2k"}
+    share = round(lam / k, 6)
+    return f"{names.get(share, f'{share:.4g}k')} = {lam:g}"
 
 
 # ---------------------------------------------------------------------- statistics
@@ -243,16 +236,20 @@ def values(runs: Sequence[Run], column: str, factor: float = 1.0) -> np.ndarray:
 
 
 def spread(runs: Sequence[Run], column: str, factor: float = 1.0) -> str:
-    """`mean ± sd (n = 3)`; without sd where there is one value, without n for data."""
+    """`mean ± sd (n = 3)`; without sd where there is one value, without n for data.
+
+    `n = 3 of 4`: one run ended without a number. †: runs of more than one code.
+    """
     sample = values(runs, column, factor)
     if not len(sample):
         return "-"
     mean = f"{sample.mean():.1f}"
     if runs[0].method == "data":
         return mean
-    if len(sample) == 1:
-        return f"{mean} (n = 1)"
-    return f"{mean} ± {sample.std(ddof=1):.1f} (n = {len(sample)})"
+    sd = f" ± {sample.std(ddof=1):.1f}" if len(sample) > 1 else ""
+    lost = f" of {len(runs)}" if len(sample) < len(runs) else ""
+    mixed = "†" if len({run.code_hash for run in runs}) > 1 else ""
+    return f"{mean}{sd} (n = {len(sample)}{lost}){mixed}"
 
 
 # -------------------------------------------------------------------------- tables
@@ -265,7 +262,9 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(made)
 
 
-def quick_table(rows: Sequence[Row], step: int = 10_000) -> str:
+def quick_table(
+    rows: Sequence[Row], step: int = sweeps.TABLES["quick"].num_updates
+) -> str:
     """Success and steps on the embedded maze after `step` updates, a line a method."""
     runs = runs_of(rows)
     base = values(chosen(runs, "BC", EMBEDDED, step), "length")
@@ -316,14 +315,18 @@ def standin_table(rows: Sequence[Row], step: int = 100_000) -> str:
 
 
 def aggregate_table(
-    rows: Sequence[Row], step: int = 100_000, datasets: Sequence[str] | None = None
+    rows: Sequence[Row],
+    step: int = 100_000,
+    datasets: Sequence[str] | None = None,
+    methods: Sequence[str] = COMPARED,
 ) -> str:
-    """IQM, mean and P(TD3-BST > method) over the datasets that all COMPARED have run.
+    """IQM, mean and P(TD3-BST > method) over the datasets that all methods have run.
 
     Args:
         rows: of results.
         step: the number of updates.
         datasets: those that may enter; if not given, all but the embedded maze.
+        methods: those that a dataset must have; others that have all of them come too.
     """
     runs = runs_of(rows)
     if datasets is None:
@@ -334,15 +337,16 @@ def aggregate_table(
         }
         for method in METHODS
     }
-    common = [n for n in datasets if all(len(scores[m][n]) for m in COMPARED)]
+    common = [n for n in datasets if all(len(scores[m][n]) for m in methods)]
     if not common:
-        return f"No dataset has runs of all of {', '.join(COMPARED)} yet."
+        return f"No dataset has scores of all of {', '.join(methods)} yet."
     lines = []
     ours = [scores["TD3-BST"][name] for name in common]
     for method in METHODS[1:]:
         own = [scores[method][name] for name in common]
         if all(map(len, own)):
-            wins = "-" if method == "TD3-BST" else improvement(ours, own).text(2)
+            compared = method != "TD3-BST" and all(map(len, ours))
+            wins = improvement(ours, own).text(2) if compared else "-"
             mean = np.mean([sample.mean() for sample in own])
             lines.append([method, iqm(own).text(), f"{mean:.1f}", wins])
     head = ["method", "IQM of score [95 %]", "mean", "P(TD3-BST > method) [95 %]"]
@@ -353,14 +357,13 @@ def aggregate_table(
 def ablation_table(rows: Sequence[Row]) -> str:
     """TD3-BST at each of the sweep's lam, a line per dataset and lam; data first."""
     runs = runs_of(rows)
-    found = sweep(runs)
+    found = by_scale(runs)
     in_maze = any(row["success"] for row in rows if row["dataset"] in found)
     lines = []
     for dataset, by_lam in found.items():
-        labels = lam_labels(by_lam)
         data = chosen(runs, "data", dataset, 0)
         groups = [(data, "data")] if data else []
-        groups += [(by_lam[lam], labels[lam]) for lam in by_lam]
+        groups += [(by_lam[lam], lam_label(lam, dataset)) for lam in by_lam]
         for own, label in groups:
             updates = f"{own[0].step:,}" if own[0].step else "-"
             cells = [dataset, label, updates, spread(own, "score")]
@@ -404,14 +407,15 @@ def _official(
     runs, lines = runs_of(rows), []
     for dataset, names in datasets.items():
         for method in COMPARED:
-            algorithm, options = sweeps.METHODS[method]
             own = spread(chosen(runs, method, dataset, 1_000_000), "score")
             published = [
                 _reference(row)
                 for row in references
                 if row["method"] == method and row["dataset"] in names
             ]
-            command = store.command(algorithm, {**options, "num_seeds": "5"}, dataset)
+            table = "locomotion" if dataset in sweeps.D4RL else "antmaze"
+            command = f"uv run results/reproduce.py {table} --datasets {dataset}"
+            command += f" --methods {method}"
             ours = "not run here" if own == "-" else own
             line = [dataset, method, ours, "; ".join(published) or "-", f"`{command}`"]
             lines.append(line)
@@ -484,7 +488,9 @@ def report(rows: Sequence[Row], name: str) -> str:
     datasets = sorted({run.dataset for run in runs})
     methods = [m for m in METHODS if any(run.method == m for run in runs)]
     table = score_table(rows, datasets, step, methods)
-    return f"{about}\n\n{table}\n\n{aggregate_table(rows, step)}"
+    own = [m for m in methods if m in COMPARED]
+    together = aggregate_table(rows, step, methods=own)
+    return f"{about}\n\n{table}\n\n{together}"
 
 
 def pages(
@@ -496,11 +502,12 @@ def pages(
     both = f"{standin_table(rows)}\n\n{aggregate_table(rows, datasets=standins(rows))}"
     return {
         "README.md": {
-            "quick": quick_table(rows),
+            "embedded": quick_table(rows, 20_000),
             "standins": both,
             "ablation": ablation_table(rows),
         },
         "results/README.md": {
+            "quick": quick_table(rows),
             "cost": cost_table(rates),
             "rates": rate_table(rates),
             "official": official_table(rows, references),

@@ -74,7 +74,7 @@ def without(args: list[str], option: str) -> list[str]:
 
 
 @pytest.mark.parametrize("line", commands())
-def test_command_runs(line, arrays_file, finished, tmp_path):
+def test_command_runs(line, arrays_file, pendulum, finished, tmp_path):
     words = shlex.split(line.removeprefix("pip install uv && "))
     assert words[:2] == ["uv", "run"]
     script, *args = words[2:]
@@ -85,7 +85,7 @@ def test_command_runs(line, arrays_file, finished, tmp_path):
     if script == "results/reproduce.py":
         for option in ("--datasets", "--num-seeds"):
             args = without(args, option)
-        own = ["--datasets", str(arrays_file), "--methods", "TD3-BST", *SWEEP]
+        own = ["--datasets", pendulum, "--methods", "TD3-BST", *SWEEP]
         subprocess.run(
             [sys.executable, str(ROOT / script), *args, *own, "--out", str(tmp_path)],
             check=True,

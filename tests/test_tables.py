@@ -157,16 +157,23 @@ def test_ablations_never_enter_a_method():
     assert cells(table, HOPPER)[2] == "-"
 
 
+def codes(rows: list[store.Row]) -> list[str]:
+    runs = tables.runs_of(store.merged(rows))  # in a file's order
+    return [r.code_hash for r in tables.chosen(runs, "IQL", HOPPER, 100_000)]
+
+
 def test_no_seed_counts_twice():
-    rows = [row("IQL", HOPPER, seed, 10.0, code="old") for seed in (0, 1, 2)]
-    rows += [row("IQL", HOPPER, seed, 20.0, code="new") for seed in (0, 1)]
-    runs = tables.runs_of(rows)
-    found = tables.chosen(runs, "IQL", HOPPER, 100_000)
-    assert [(r.seed, r.code_hash) for r in found] == [(s, "old") for s in "012"]
-    # as many seeds of each: the later code; the other's only where it has none
-    rows += [row("IQL", HOPPER, 3, 20.0, code="new")]
-    found = tables.chosen(tables.runs_of(rows), "IQL", HOPPER, 100_000)
-    assert [r.code_hash for r in found] == ["new", "new", "old", "new"]
+    now = store.code_hash("iql_bst")
+    rows = [row("IQL", HOPPER, seed, 10.0, code="zz") for seed in (0, 1, 2)]
+    rows += [row("IQL", HOPPER, seed, 20.0, code="aa") for seed in (0, 1)]
+    assert codes(rows) == codes(rows[::-1]) == ["zz", "zz", "zz"]  # has most seeds
+    rows += [row("IQL", HOPPER, 3, 20.0, code="aa")]
+    rows += [row("IQL", HOPPER, 4, 20.0, code="aa")]
+    assert codes(rows) == ["aa", "aa", "zz", "aa", "aa"]
+    rows += [row("IQL", HOPPER, seed, 30.0, code=now) for seed in (1, 2)]
+    assert codes(rows) == ["aa", now, now, "aa", "aa"]  # the present code's first
+    assert cells(tables.standin_table(rows), HOPPER)[5] == "24.0 ± 5.5 (n = 5)†"
+    assert "†" not in tables.standin_table(rows[:5])
     # of one code: the later run
     twice = [row("BC", HOPPER, 0, 1.0), row("BC", HOPPER, 0, 2.0, eval_every=500)]
     (run,) = tables.chosen(tables.runs_of(twice), "BC", HOPPER, 100_000)
@@ -176,7 +183,7 @@ def test_no_seed_counts_twice():
 def test_missing_values_are_no_seeds():
     rows = [row("BC", HOPPER, seed, 30.0) for seed in (0, 1, 2)]
     rows[1]["score"], rows[2]["score"] = "", "nan"
-    assert cells(tables.standin_table(rows), HOPPER)[1] == "30.0 (n = 1)"
+    assert cells(tables.standin_table(rows), HOPPER)[1] == "30.0 (n = 1 of 3)"
 
 
 # --------------------------------------------------------------------------- tables
@@ -185,8 +192,8 @@ def test_missing_values_are_no_seeds():
 def test_quick_table():
     rows = [data(tables.EMBEDDED, 100.0, 158.0)]
     for seed, (ours, cloned) in enumerate([(100.0, 170.0), (110.0, 180.0)]):
-        rows += [row("TD3-BST", tables.EMBEDDED, seed, 99.0, 10_000, length=ours)]
-        rows += [row("BC", tables.EMBEDDED, seed, 100.0, 10_000, length=cloned)]
+        rows += [row("TD3-BST", tables.EMBEDDED, seed, 99.0, 6_000, length=ours)]
+        rows += [row("BC", tables.EMBEDDED, seed, 100.0, 6_000, length=cloned)]
         rows += [row("BC", tables.EMBEDDED, seed, 100.0, 20_000, length=1.0)]
     table = tables.quick_table(rows)
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
@@ -243,7 +250,7 @@ def test_ablation_table():
     lines = tables.ablation_table(rows).splitlines()[2:]
     made = [[c.strip() for c in line.strip("|").split("|")][:4] for line in lines]
     assert made == [
-        [CHEETAH, "0.7", "50,000", "5.0 (n = 1)"],
+        [CHEETAH, "0.1167k = 0.7", "50,000", "5.0 (n = 1)"],
         [HOPPER, "data", "-", "41.0"],
         [HOPPER, "k/10 = 0.3", "50,000", "4.0 ± 1.4 (n = 2)"],
         [HOPPER, "k/2 = 1.5", "50,000", "16.0 ± 1.4 (n = 2)"],
@@ -253,18 +260,18 @@ def test_ablation_table():
 
 
 @pytest.mark.parametrize(
-    ("lams", "labels"),
+    ("lam", "dataset", "label"),
     [
-        ([0.6, 3.0, 6.0, 12.0], ["k/10 = 0.6", "k/2 = 3", "k = 6", "2k = 12"]),
-        ([0.6, 12.0], ["k/10 = 0.6", "2k = 12"]),
-        ([3.0, 6.0], ["3", "6"]),  # k/2 and k, or k and 2k
-        ([0.1, 0.7, 2.0], ["0.1", "0.7", "2"]),
-        ([0.05, 0.25, 0.5, 1.0], ["0.05", "0.25", "0.5", "1"]),  # no dimension is 1/2
-        ([], []),
+        (0.3, "standin/mujoco/hopper/medium-v0", "k/10 = 0.3"),
+        (3.0, "halfcheetah-medium-replay-v2", "k/2 = 3"),
+        (8.0, "D4RL/antmaze/umaze-v1", "k = 8"),
+        (4.0, tables.EMBEDDED, "2k = 4"),
+        (0.4, tables.EMBEDDED, "0.2k = 0.4"),  # not the smallest of four
+        (0.3, "own/robot-v0", "0.3"),
     ],
 )
-def test_lam_is_named_where_it_can_only_be_that(lams: list[float], labels: list[str]):
-    assert list(tables.lam_labels(lams).values()) == labels
+def test_lam_is_named_by_the_dimension_of_the_actions(lam, dataset, label):
+    assert tables.lam_label(lam, dataset) == label
 
 
 def test_official_tables():
@@ -280,16 +287,15 @@ def test_official_tables():
     references = tables.read_references(store.ROOT / "results/reference_scores.csv")
     lines = tables.official_table(rows, references).splitlines()[2:]
     assert len(lines) == 9 * 5
+    command = f"uv run results/reproduce.py locomotion --datasets {name} --methods"
     assert [line for line in lines if f"| {name} |" in line][:3] == [
         f"| {name} | BC | 51.0 ± 1.4 (n = 2) | 53.5 ± 1.8 (read, CORL) "
-        f"| `uv run td3_bc.py --dataset {name} --alpha 0 --num-morse-updates 0 "
-        "--num-seeds 5` |",
+        f"| `{command} BC` |",
         f"| {name} | TD3+BC | not run here | 59.3 (read, original paper); "
         f"60.4 ± 3.5 (read, CORL) "
-        f"| `uv run td3_bc.py --dataset {name} --num-morse-updates 0 "
-        "--num-seeds 5` |",
+        f"| `{command} TD3+BC` |",
         f"| {name} | TD3-BST | not run here | 102.9 ± 1.3 (recalled, TD3-BST paper) "
-        f"| `uv run td3_bst.py --dataset {name} --num-seeds 5` |",
+        f"| `{command} TD3-BST` |",
     ]
     mazes = tables.official_antmaze_table(rows, references)
     assert "new roll-outs, not the D4RL -v2 data" in mazes
@@ -352,7 +358,7 @@ def test_pages_are_written_and_checked(
     assert "old" in (root / "README.md").read_text("utf-8")
     tables.main([], root)
     page = (root / "README.md").read_text("utf-8")
-    assert page.startswith("head\n<!-- quick -->\n")
+    assert page.startswith("head\n<!-- embedded -->\n")
     assert "12.3 (n = 1)" in page
     assert "old" not in page
     assert page.endswith(other)
@@ -365,17 +371,17 @@ def test_pages_are_written_and_checked(
 
 
 @pytest.mark.parametrize(
-    "spoil", ["<!-- quick -->", "<!-- end standins -->", "again", "order"]
+    "spoil", ["<!-- embedded -->", "<!-- end standins -->", "again", "order"]
 )
 def test_a_page_without_markers_is_one_clear_line(tmp_path: Path, spoil: str):
     root = project(tmp_path, [])
     page = root / "README.md"
     text = page.read_text("utf-8")
     if spoil == "again":
-        text += "<!-- quick -->"
+        text += "<!-- embedded -->"
     elif spoil == "order":
-        text = text.replace("<!-- end quick -->", "") + "<!-- end quick -->"
-        text = text.replace("<!-- quick -->", "") + "<!-- quick -->"
+        text = text.replace("<!-- end embedded -->", "") + "<!-- end embedded -->"
+        text = text.replace("<!-- embedded -->", "") + "<!-- embedded -->"
     else:
         text = text.replace(spoil, "")
     page.write_text(text, "utf-8")
@@ -387,7 +393,7 @@ def test_a_page_without_markers_is_one_clear_line(tmp_path: Path, spoil: str):
 def test_a_csv_of_another_kind_is_one_clear_line(tmp_path: Path):
     root = project(tmp_path, [])
     (root / "results/runs.csv").write_text("method,score\nBC,1\n")
-    with pytest.raises(SystemExit, match="not a CSV of results"):
+    with pytest.raises(SystemExit, match="expected the columns algorithm"):
         tables.main([], root)
 
 
@@ -471,10 +477,10 @@ def test_costs_say_what_is_not_measured():
         )
         for method in methods
     ]
-    # quick: 5 processes of 4 lanes x 10,000 / 1000 + 2 evaluations + 6 = 48 seconds,
-    # and 4 x 2500 / 1000 = 10 for the two that fit Morse networks: 260 seconds.
+    # quick: 5 processes of 4 lanes x 6,000 / 1000 + 3 evaluations + 6 = 33 seconds,
+    # and 4 x 2500 / 1000 = 10 for the two that fit Morse networks: 185 seconds.
     (line,) = [x for x in tables.cost_table(rates).splitlines() if "`quick`" in x]
-    assert line == "| `quick` | 5 | 20 | 10,000 | 4 min | not measured |"
+    assert line == "| `quick` | 5 | 20 | 6,000 | 3 min | not measured |"
     (line,) = [x for x in tables.cost_table(rates[2:]).splitlines() if "quick" in x]
     assert line.count("not measured") == 2
     assert tables.rate_table(rates).count("pointmaze") == 6
