@@ -58,8 +58,8 @@ def learning_curves(
             method: tables.chosen(own, method, dataset, updates)
             for method in tables.METHODS
         }
-        if any(by_method[method] for method in COLOURS):
-            panels[dataset] = by_method
+        if any(len(run.rows) > 1 for method in COLOURS for run in by_method[method]):
+            panels[dataset] = by_method  # a single evaluation is no curve
     width = 2 if len(panels) in (2, 4) else min(3, max(1, len(panels)))
     figure, axes = _figure(-(-len(panels) // width), width)
     for (dataset, by_method), ax in zip(panels.items(), axes.flat, strict=False):
