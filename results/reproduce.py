@@ -343,9 +343,9 @@ def main(args: list[str] | None = None) -> int:
     """Parses the command line and runs it."""
     choices: Any = Annotated[Merge, tyro.conf.subcommand("merge")]
     for name, default in sweeps.TABLES.items():
-        choices = (
-            choices | Annotated[Sweep, tyro.conf.subcommand(name, default=default)]
-        )
+        about = sweeps.ABOUT[name]
+        named = tyro.conf.subcommand(name, default=default, description=about)
+        choices = choices | Annotated[Sweep, named]
     options = tyro.cli(choices, args=args, description=(__doc__ or "").split("\n\n")[0])
     if isinstance(options, Merge):
         return merge(options)

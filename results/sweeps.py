@@ -130,6 +130,12 @@ TABLES: dict[str, Sweep] = {
         scales=(0.1, 0.5, 1.0, 2.0),
     ),
 }
+ABOUT = {
+    "quick": "All methods on the embedded maze, 6,000 updates: minutes on a CPU.",
+    "locomotion": "All methods on D4RL's halfcheetah, hopper and walker2d -v2 sets.",
+    "antmaze": "All methods on Minari's AntMaze sets.",
+    "ablation-scale": "TD3-BST over lam = k/10, k/2, k, 2k with k = dim(A).",
+}
 
 
 # ============================================================================== Jobs
