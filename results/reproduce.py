@@ -32,10 +32,8 @@ if __name__ == "__main__":  # a script finds its neighbours through the reposito
 from results import figures, store, sweeps, tables
 from results.sweeps import Job, Sweep
 
-ROOT = Path(__file__).resolve().parent.parent
-RATES = ROOT / "results" / "rates.csv"
+RATES = store.ROOT / "results" / "rates.csv"
 HARMLESS = {"eval_episodes", "num_morse_updates"}  # to a rate
-MEASURED = ("return", "score", "success", "length")
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def run_script(algorithm: str, args: Sequence[str], output: Path) -> None:
     Raises:
         SweepError: the script failed; what it said is in `output`.
     """
-    script = [sys.executable, "-c", WATCHED, str(ROOT / f"{algorithm}.py"), *args]
+    script = [sys.executable, "-c", WATCHED, str(store.ROOT / f"{algorithm}.py"), *args]
     with output.open("ab") as file:
         begin = file.tell()
         process = subprocess.Popen(
@@ -167,7 +165,7 @@ def rows_of(job: Job, code: str, run: Path) -> list[store.Row]:
     scales = {float(scale): scale for scale in job.scales}
     rows: list[dict[str, Any]] = []
     for line in log:
-        row = {k: float(line[k]) if line[k] else None for k in MEASURED}
+        row = {k: float(line[k]) if line[k] else None for k in store.MEASURED}
         options = dict(job.options)
         if job.scales:
             options["scale"] = scales[float(line["scale"])]
@@ -278,7 +276,8 @@ def rows_wanted(planned: Sequence[Job], rows: Sequence[store.Row]) -> list[store
     }
     names = {job.dataset for job in planned}
     data = [r for r in rows if r["algorithm"] == "data" and r["dataset"] in names]
-    return [*data, *(row for row in rows if sweeps.held([row]) & wanted)]
+    own = [r for r in rows if r["seed"] and sweeps.cell_of(r) in wanted]
+    return [*data, *own]
 
 
 def without(row: store.Row, names: set[str]) -> store.Row:
@@ -349,8 +348,8 @@ def main(args: list[str] | None = None) -> int:
     options = tyro.cli(choices, args=args, description=(__doc__ or "").split("\n\n")[0])
     if isinstance(options, Merge):
         return merge(options)
-    given = sys.argv[1:] if args is None else args
-    return sweep(next(name for name in given if name in sweeps.TABLES), options)
+    table, *_ = sys.argv[1:] if args is None else args
+    return sweep(table, options)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from filelock import FileLock
 
 Row = dict[str, str]  # by column; "" where there is no value
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("td3_bst", "td3_bc", "iql_bst")
+MEASURED = ("return", "score", "success", "length")
 KEY: tuple[str, ...] = ("algorithm", "options", "dataset", "seed", "step", "code_hash")
 COLUMNS: tuple[str, ...] = (
     "algorithm",  # the script's name; "data": the behaviour itself
@@ -26,10 +27,7 @@ COLUMNS: tuple[str, ...] = (
     "dataset",
     "seed",
     "step",  # critic updates
-    "return",
-    "score",
-    "success",
-    "length",
+    *MEASURED,
     "episodes",
     "options_hash",
     "code_hash",  # of the algorithm's file, morse.py and common/
@@ -37,17 +35,9 @@ COLUMNS: tuple[str, ...] = (
 )
 
 
-def options_text(options: Mapping[str, Any]) -> str:
+def options_text(options: Mapping[str, str]) -> str:
     """`name=value` of the options given, sorted, separated by blanks."""
-    return " ".join(f"{name}={_value(options[name])}" for name in sorted(options))
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.9g}"
-    if isinstance(value, list | tuple):
-        return ",".join(map(_value, value))
-    return str(value)
+    return " ".join(f"{name}={options[name]}" for name in sorted(options))
 
 
 def options_of(row: Mapping[str, str]) -> dict[str, str]:
@@ -135,6 +125,24 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[Row]:
     return rows
 
 
+def write_csv(path: Path, rows: Iterable[Row], columns: tuple[str, ...]) -> None:
+    """Writes a CSV whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text.getvalue(), encoding="utf-8")
+    temporary.replace(path)
+
+
+def locked(path: Path) -> FileLock:
+    """Keeps other processes from changing a CSV meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.with_name(f".{path.name}.lock"))
+
+
 def merged(rows: Iterable[Row]) -> list[Row]:
     """The rows, one per key, sorted.
 
@@ -144,7 +152,7 @@ def merged(rows: Iterable[Row]) -> list[Row]:
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
         other = found.setdefault(key_of(row), row)
-        for name in ("return", "score", "success", "length", "episodes"):
+        for name in (*MEASURED, "episodes"):
             if other[name] != row[name]:
                 raise ValueError(
                     f"two rows differ in {name} ({other[name]}, {row[name]}) but are "
@@ -160,23 +168,10 @@ def _order(key: tuple[str, ...]) -> tuple[Any, ...]:
 
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Writes a CSV of results whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_csv(path, rows, COLUMNS)
 
 
 def add(path: Path, rows: Iterable[Row]) -> None:
     """Puts rows into a CSV, one per key; safe beside other writers and readers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with locked(path):
         write(path, merged([*read(path), *rows]))

@@ -1,15 +1,11 @@
 """Named tables as lists of jobs, and what they cost. Nothing here imports jax."""
 
-import csv
 import hashlib
-import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-
-from filelock import FileLock
 
 from results import store
 
@@ -157,12 +153,15 @@ class Job:
         """Policies that it trains."""
         return len(self.seeds) * max(1, len(self.scales))
 
+    def text(self, scale: str | None = None) -> str:
+        """The options as a row has them."""
+        swept = {} if scale is None else {"scale": scale}
+        return store.options_text(dict(self.options) | swept)
+
     def cells(self) -> Iterator[tuple[str, int]]:
         """(options as a row has them, seed) of every lane."""
         for scale in self.scales or (None,):
-            swept = {} if scale is None else {"scale": scale}
-            text = store.options_text(dict(self.options) | swept)
-            yield from ((text, seed) for seed in self.seeds)
+            yield from ((self.text(scale), seed) for seed in self.seeds)
 
     def arguments(self) -> list[str]:
         """The script's command line, without the place of the run."""
@@ -218,34 +217,30 @@ Cell = tuple[str, str, str, int, str]  # algorithm, options, dataset, seed, code
 
 def held(rows: Iterable[store.Row]) -> set[Cell]:
     """The cells that have rows; a run's rows are added together, after its end."""
-    return {
-        (r["algorithm"], r["options"], r["dataset"], int(r["seed"]), r["code_hash"])
-        for r in rows
-        if r["seed"]
-    }
+    return {cell_of(row) for row in rows if row["seed"]}
+
+
+def cell_of(row: store.Row) -> Cell:
+    """The cell of a trained policy's row."""
+    names = row["algorithm"], row["options"], row["dataset"]
+    return *names, int(row["seed"]), row["code_hash"]
 
 
 def missing(job: Job, there: set[Cell], code: str) -> list[Job]:
     """What of the job is not there yet, as jobs over consecutive seeds."""
-
-    def lacks(scale: str | None, seed: int) -> bool:
-        scales = () if scale is None else (scale,)
-        ((text, _),) = replace(job, seeds=(seed,), scales=scales).cells()
-        return (job.algorithm, text, job.dataset, seed, code) not in there
-
-    wanted = [
-        (seed, [scale for scale in job.scales or (None,) if lacks(scale, seed)])
-        for seed in job.seeds
-    ]
     made: list[Job] = []
-    for seed, values in wanted:
-        if not values:
+    for seed in job.seeds:
+        lacking = [
+            scale
+            for scale in job.scales or (None,)
+            if (job.algorithm, job.text(scale), job.dataset, seed, code) not in there
+        ]
+        if not lacking:
             continue
-        scales = tuple(scale for scale in values if scale is not None)
+        scales = tuple(scale for scale in lacking if scale is not None)
+        seeds: tuple[int, ...] = (seed,)
         if made and made[-1].scales == scales and made[-1].seeds[-1] == seed - 1:
             seeds = (*made.pop().seeds, seed)
-        else:
-            seeds = (seed,)
         made.append(replace(job, seeds=seeds, scales=scales))
     return made
 
@@ -277,14 +272,10 @@ def read_rates(*paths: Path) -> list[Rate]:
 
 def add_rate(path: Path, rate: Rate) -> None:
     """Adds a rate to a CSV; it replaces an earlier one of the same kind."""
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        kind = ("device", "method", "domain", "lanes")
+    kind = ("device", "method", "domain", "lanes")
+    with store.locked(path):
         rates = {tuple(r[k] for k in kind): r for r in [*read_rates(path), rate]}
-        text = io.StringIO()
-        writer = csv.DictWriter(text, RATE_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rate for _, rate in sorted(rates.items()))
-        store.write_text(path, text.getvalue())
+        store.write_csv(path, (rates[key] for key in sorted(rates)), RATE_COLUMNS)
 
 
 AGENTS = {  # dim(A) by the word that a dataset's name has

@@ -26,7 +26,7 @@ from results import store, sweeps
 from results.store import Row
 from results.sweeps import EMBEDDED
 
-METHODS = ("data", "BC", "10%BC", "TD3+BC", "TD3-BST", "IQL", "IQL-BST")
+METHODS = ("data", *sweeps.METHODS)
 COMPARED = sweeps.ALL  # they enter every aggregate
 PLAIN = {  # options that leave a method what it is; also alpha = 0, see `is_plain`
     "num_updates",
@@ -59,6 +59,7 @@ class Run(NamedTuple):
     code_hash: str
     rows: list[Row]  # its evaluations in the order of their steps
     place: int  # where in the file its last evaluation stands
+    is_present: bool  # whether the code is the present one
 
     @property
     def step(self) -> int:
@@ -77,13 +78,14 @@ def runs_of(rows: Iterable[Row]) -> list[Run]:
         names = ("algorithm", "options", "dataset", "seed", "code_hash")
         key = tuple(row[name] for name in names)
         groups.setdefault(key, []).append((_step(row), place, row))
+    present = {store.code_hash(script) for script in store.SCRIPTS}
     runs = []
     for (algorithm, _, dataset, seed, code), found in groups.items():
         found.sort(key=lambda item: item[:2])
         options = store.options_of(found[0][2])
-        method = store.method_of(algorithm, options)
+        about = store.method_of(algorithm, options), dataset, seed, options, code
         own = [row for _, _, row in found]
-        runs.append(Run(method, dataset, seed, options, code, own, found[-1][1]))
+        runs.append(Run(*about, own, found[-1][1], code in present))
     return runs
 
 
@@ -103,13 +105,12 @@ def one_per_seed(runs: Sequence[Run]) -> list[Run]:
 
     Of several, that of the present code, else that of the code with most seeds.
     """
-    present = {store.code_hash(script) for script in store.SCRIPTS}
     seeds: dict[str, set[str]] = {}
     for run in runs:
         seeds.setdefault(run.code_hash, set()).add(run.seed)
 
     def rank(run: Run) -> tuple[bool, int, int]:
-        return run.code_hash in present, len(seeds[run.code_hash]), run.place
+        return run.is_present, len(seeds[run.code_hash]), run.place
 
     found = {run.seed: run for run in sorted(runs, key=rank)}
     return [found[seed] for seed in sorted(found, key=lambda s: int(s or -1))]

@@ -1,5 +1,6 @@
 """Sweeps: which jobs, what is skipped, what survives kills, shards and merging."""
 
+import ast
 import importlib
 import os
 import random
@@ -241,7 +242,8 @@ def test_options_of_a_row_are_those_of_the_script(algorithm: str):
     args = store.arguments(given)
     options, config = parse(algorithm, module.Config(), "", args)
     found = {**vars(options), **vars(config)}
-    assert store.options_text({k: found[k] for k in given}) == store.options_text(given)
+    wanted = {name: ast.literal_eval(text) for name, text in given.items()}
+    assert {name: found[name] for name in given} == wanted
     assert found["normalize_obs"] is False
 
 
