@@ -11,7 +11,8 @@ default) takes TD3-BST's policy step: it follows Q where a Morse network is cert
     awr      : L_pi = -mean[min(exp(beta u), 100) log pi(a|s)],
                pi(.|s) = N(tanh(m(s)), diag(sigma^2)), played at its mode
     bst      : L_pi = mean[omega(s) ||pi(s) - a||^2 - Q_1(s, pi(s)) / Z_Q],
-               omega(s) = exp((1 - M(s, pi(s))) / mu) - 1,  Z_Q = mean |Q_1(s, pi(s))|
+               omega(s) = exp((1 - M(s, pi(s))) / mu) - 1 + floor,
+               Z_Q = mean |Q_1(s, pi(s))|
 
 Papers Kostrikov, Nair & Levine, ICLR 2022, arXiv 2110.06169 (IQL);
        Srinivasan & Knottenbelt, IJCAI 2024, arXiv 2404.16399 (the BST step).
@@ -51,6 +52,7 @@ class Config:
     beta: float | None = None  # awr: the weight's inverse temperature; unset: by domain
     weight_clip: float = 100.0  # awr: largest weight
     mu: float | None = None  # bst: mu, temperature of omega; unset: by domain
+    floor: float | None = None  # bst: omega where M is 1; unset: by domain
     scale: float | None = None  # bst: lam, the Morse kernel's scale; unset: dim(A) / 2
     supervisor_gradient: bool = True  # bst: differentiate through omega as well
     discount: float | None = None  # gamma, per step; unset: by domain
@@ -62,6 +64,7 @@ class Config:
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor, critics and value
     actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
     actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: awr's run
+    actor_grad_clip: float = 1.0  # bst: longest gradient of the actor; 0: any
     critic_learning_rate: float = 3e-4  # Adam's step size
     value_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
@@ -89,7 +92,7 @@ class Config:
                 f"mu must be at least 0.02, got {self.mu}: the weight exp(C / mu) - 1 "
                 "and its gradient would overflow float32"
             )
-        for name in ("beta", "actor_decay_updates"):
+        for name in ("beta", "floor", "actor_grad_clip", "actor_decay_updates"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -101,6 +104,7 @@ LOCOMOTION = {
     "expectile": 0.7,
     "beta": 3.0,
     "mu": 0.1,
+    "floor": 0.5,
     "discount": 0.99,
     "reward_scale": 1.0,
     "reward_shift": 0.0,
@@ -108,15 +112,22 @@ LOCOMOTION = {
     "normalize_obs": False,
     "critic_layer_norm": False,
 }
-POINTMAZE = {"mu": 0.3, "discount": 0.98, "reward_scale": 10.0, "normalize_obs": True}
+POINTMAZE = {
+    "mu": 0.3,
+    "floor": 0.0,
+    "discount": 0.98,
+    "reward_scale": 10.0,
+    "normalize_obs": True,
+}
+ANTMAZE = {"floor": 2.0, "reward_shift": -1.0}
 MAZE = {"expectile": 0.9, "beta": 10.0}
 DEFAULTS = {  # IQL's code; mu as in td3_bst.py, pointmaze: results/LOG.md
     "locomotion": LOCOMOTION,
     "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
-    "antmaze": LOCOMOTION | MAZE | {"reward_shift": -1.0},
+    "antmaze": LOCOMOTION | MAZE | ANTMAZE,
     "other": LOCOMOTION | {"beta": 0.5},  # as Kitchen and Adroit; untested
 }
-TRACED = ("mu", "scale", "expectile")  # may differ between the lanes: --sweep
+TRACED = ("mu", "floor", "scale", "expectile")  # may differ between lanes: --sweep
 
 
 def resolve(
@@ -140,7 +151,7 @@ def resolve(
         spread = float(np.ptp(episode_returns))
         known = spread > 1e-6 * np.abs(episode_returns).max()  # more than rounding
         defaults["reward_scale"] = 1000.0 / spread if known else 1.0
-    if domain in ("locomotion", "other"):
+    if domain != "pointmaze":
         defaults["normalize_obs"] = not awr
     unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     return dataclasses.replace(config, **unset)
@@ -160,11 +171,12 @@ class Transition(NamedTuple):
 
 
 class Supervisor(NamedTuple):
-    """The frozen Morse network and the temperature; traced: a sweep is one compile."""
+    """The frozen Morse network, and what makes omega of it; traced, for sweeps."""
 
     params: Params  # of the perturbation model f
     scale: jax.Array  # () lam
     mu: jax.Array  # ()
+    floor: jax.Array  # () of omega; 0 in the paper
 
 
 class AgentState(NamedTuple):
@@ -257,11 +269,11 @@ def state_values(value: Params, obs: jax.Array, config: Config) -> jax.Array:
 def supervisor(
     bst: Supervisor, obs: jax.Array, action: jax.Array, config: Config
 ) -> tuple[jax.Array, jax.Array]:
-    """The weight omega (B,) in [0, e^(1/mu) - 1] and the uncertainty C (B,)."""
+    """The weight omega (B,), floor to floor + e^(1/mu) - 1, and C (B,)."""
     uncertainty = morse.uncertainty(
         bst.params, obs, action, bst.scale, config.morse_net
     )
-    return jnp.expm1(uncertainty / bst.mu), uncertainty
+    return bst.floor + jnp.expm1(uncertainty / bst.mu), uncertainty
 
 
 def expectile_loss(difference: jax.Array, expectile: jax.Array) -> jax.Array:
@@ -447,10 +459,12 @@ def update_actor(
         grad, metrics = jax.grad(actor_loss, has_aux=True)(
             agent.actor, agent.critics, bst, batch, config
         )
+    metrics["actor_grad_norm"] = optax.tree.norm(grad)
+    if config.policy_step == "bst" and config.actor_grad_clip:
+        grad = optax.projections.projection_l2_ball(grad, config.actor_grad_clip)
     adam, _, _ = optimizers(config)
     step, actor_opt = adam.update(grad, agent.actor_opt)
     actor = optax.apply_updates(agent.actor, step)
-    metrics["actor_grad_norm"] = optax.tree.norm(grad)
     return agent._replace(actor=actor, actor_opt=actor_opt), metrics
 
 
@@ -562,7 +576,9 @@ def main(args: list[str] | None = None) -> None:
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config
     )
     if min(options.swept.get("mu", (config.mu or 1,))) < 0.025:
-        print("warning: with mu below 0.025 Adam's squared gradients overflow float32")
+        print(
+            "warning: with mu below 0.025 the actor's first gradients overflow float32"
+        )
     awr, lam, net = config.policy_step == "awr", config.scale, config.morse_net
     reused = run.reused_networks(options, dataset, mean, lam, net)
     job = run.Run("iql_bst", options, config, dataset, mean, std)
@@ -582,8 +598,13 @@ def main(args: list[str] | None = None) -> None:
         (agent, params), step = restored
         job.evaluate_again(step, agent.actor)
 
-    scale, mu = job.traced("scale", config.scale), job.traced("mu", config.mu)
-    bst, tau = Supervisor(params, scale, mu), job.traced("expectile", config.expectile)
+    bst = Supervisor(
+        params,
+        scale=job.traced("scale", config.scale),
+        mu=job.traced("mu", config.mu),
+        floor=job.traced("floor", config.floor),
+    )
+    tau = job.traced("expectile", config.expectile)
     per_seed = (True, True, True, False, True, False)
     program = job.chunked(partial(train, config=config), *per_seed)
     keys = job.keys(2)
@@ -601,7 +622,7 @@ def main(args: list[str] | None = None) -> None:
     if fitted:  # for AWR a diagnostic: how certain are the policy's actions?
         params = fit() if awr else params
         first = jax.tree.map(lambda x: np.asarray(x)[0], params)
-        density = partial(morse.certainty, first, scale=scale[0], config=net)
+        density = partial(morse.certainty, first, scale=bst.scale[0], config=net)
     job.finish(agent.actor, density)
 
 

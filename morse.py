@@ -8,21 +8,25 @@ cloning by the uncertainty 1 - M of the policy's own actions.
     r^2(s, a) = ||f(s, a) - a||^2                             summed over action dims
     M(s, a)   = exp(-lam^2 / 2 * r^2)                         rbf
     M(s, a)   = (1 + lam^2 / (2 kappa) * r^2)^(-kappa)        rq, rational quadratic
-    L         = mean_D[-log M(s, a)] + mean_{s ~ D, a_u ~ U[-1, 1]^A}[M(s, a_u)]
+    L         = mean_D[-log M(s, a)] + mean_{s ~ D, a_n ~ q(.|s)}[M(s, a_n)]
 
-L is smallest at M*(s, a) = min(1, p(a|s) / u(a)) with u = 2^-A, whatever lam and the
-number of uniform actions. The identity f(s, a) = a has M = 1 everywhere and a loss of
-exactly 1: a loss below 1 means that something was learnt.
+L is smallest at M*(s, a) = min(1, p(a|s) / q(a|s)), whatever lam and the number of
+negatives a_n. Uniform ones, the paper's, have q = 2^-A: M* is 1 wherever the data is
+denser than that, a wide region. Perturbed ones are the data's own actions plus noise of
+every size: q is a blurred p, and M* is 1 within about the data's own spread. The
+identity f(s, a) = a has M = 1 everywhere and a loss of exactly 1: a loss below 1 means
+that something was learnt.
 
 Paper:  Srinivasan & Knottenbelt, "Offline Reinforcement Learning with Behavioral
         Supervisor Tuning", arXiv 2404.16399; Morse networks: Dherin et al., 2307.00667.
 Run:    uv run morse.py                          the four-mode toy, one picture
         uv run morse.py --dataset ID             calibration on a dataset
 Copy:   everything above the ruled line "Command line" needs jax, flax and optax only.
-Shapes: B batch, K uniform actions per state, N dataset, S observation, A action.
+Shapes: B batch, K negatives per state, N dataset, S observation, A action.
 """
 
 import csv
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +54,9 @@ class Config:
     hidden_dims: tuple[int, ...] = (256, 256, 256)  # widths of f's hidden layers
     learning_rate: float = 3e-4  # of Adam
     batch_size: int = 256  # dataset rows per update
-    num_negatives: int = 1  # uniform actions per state; changes only the noise
+    num_negatives: int = 1  # K, per state; changes only the noise
+    negatives: Literal["uniform", "perturbed"] = "perturbed"  # q, see above
+    noise: tuple[float, float] = (0.02, 1.0)  # perturbed: sd, log-uniform between these
 
     def __post_init__(self):
         if self.kernel not in ("rbf", "rq"):
@@ -60,6 +66,12 @@ class Config:
                 raise ValueError(
                     f"{name} must be finite and > 0, got {getattr(self, name)}"
                 )
+        if self.negatives not in ("uniform", "perturbed"):
+            raise ValueError(
+                f"negatives must be 'uniform' or 'perturbed', got {self.negatives!r}"
+            )
+        if not 0 < self.noise[0] <= self.noise[1] < float("inf"):
+            raise ValueError(f"noise must be 0 < least <= largest, got {self.noise}")
         if not all(width > 0 for width in self.hidden_dims):
             raise ValueError(f"hidden_dims must all be > 0, got {self.hidden_dims}")
 
@@ -146,12 +158,12 @@ def morse_loss(
     assert obs.ndim == 2, obs.shape
     assert negatives.shape == (batch, negatives.shape[1], action_dim), negatives.shape
     log_data = log_density(params, obs, action, scale, config)  # (B,)
-    uniform = certainty(params, obs[:, None], negatives, scale, config)  # (B, K)
-    loss = -jnp.mean(log_data) + jnp.mean(uniform)
+    off_data = certainty(params, obs[:, None], negatives, scale, config)  # (B, K)
+    loss = -jnp.mean(log_data) + jnp.mean(off_data)
     return loss, {
         "morse_loss": loss,
         "certainty_data": jnp.mean(jnp.exp(log_data)),
-        "certainty_uniform": jnp.mean(uniform),
+        "certainty_negatives": jnp.mean(off_data),
     }
 
 
@@ -165,6 +177,18 @@ def init(
     return MorseState(params, optax.adam(config.learning_rate).init(params))
 
 
+def draw_negatives(key: Array, action: Array, config: Config) -> Array:
+    """a_n ~ q(.|s) in [-1, 1], (B, K, A), at the states of the data's action (B, A)."""
+    shape = (len(action), config.num_negatives, action.shape[-1])
+    if config.negatives == "uniform":
+        return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
+    key_sd, key_noise = jax.random.split(key)
+    least, largest = jnp.log(jnp.array(config.noise))
+    log_sd = jax.random.uniform(key_sd, shape[:2], minval=least, maxval=largest)
+    noise = jnp.exp(log_sd)[..., None] * jax.random.normal(key_noise, shape)
+    return jnp.clip(action[:, None] + noise, -1.0, 1.0)
+
+
 def update(
     state: MorseState,
     obs: Array,
@@ -176,8 +200,7 @@ def update(
     """One Adam step on a fresh batch of the dataset obs (N, S), action (N, A)."""
     key_batch, key_negatives = jax.random.split(key)
     rows = jax.random.randint(key_batch, (config.batch_size,), 0, len(obs))
-    shape = (config.batch_size, config.num_negatives, action.shape[-1])
-    negatives = jax.random.uniform(key_negatives, shape, minval=-1.0, maxval=1.0)
+    negatives = draw_negatives(key_negatives, action[rows], config)
     grads, metrics = jax.grad(morse_loss, has_aux=True)(
         state.params, obs[rows], action[rows], negatives, scale, config
     )
@@ -337,9 +360,14 @@ def toy_actions(key: Array, num: int) -> Array:
 
 
 def toy(options: Options) -> Path:
-    """Fit the toy, print its loss beside the ideal one, draw `toy.png`."""
+    """Fit the toy, print its loss beside the ideal one, draw `toy.png`.
+
+    With uniform negatives, the paper's: there the ideal is known in closed form.
+    """
     from common import run
 
+    config = dataclasses.replace(options.morse, negatives="uniform")
+    options = dataclasses.replace(options, morse=config)
     scale = options.scale[0] if options.scale else 1.0
     folder = run.new_folder(options.run_dir, "morse-toy")
     key_data, key_test = jax.random.split(jax.random.key(options.seed))

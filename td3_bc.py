@@ -85,11 +85,12 @@ LOCOMOTION = {
     "critic_layer_norm": False,
 }
 POINTMAZE = {"discount": 0.98, "reward_scale": 10.0}
+ANTMAZE = {"reward_scale": 100.0}
 MAZE = {"polyak": 0.01, "critic_layer_norm": True}
-DEFAULTS = {  # first values from short experiments, results/LOG.md
+DEFAULTS = {  # from short experiments, results/bst_study.md
     "locomotion": LOCOMOTION,
     "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
-    "antmaze": LOCOMOTION | MAZE | {"reward_scale": 100.0, "normalize_obs": False},
+    "antmaze": LOCOMOTION | MAZE | ANTMAZE,
     "other": LOCOMOTION,  # untested
 }
 TRACED = ("alpha",)  # may differ between the lanes of one program: --sweep

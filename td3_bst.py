@@ -1,11 +1,11 @@
 """TD3-BST: TD3 with behavioral supervisor tuning, offline, in one file.
 
 A Morse network M, fitted to the dataset's actions and then frozen, weighs the pull
-towards the data: none where the policy's own action is in distribution, strong where
-it is not. Q improves the policy inside the data's support and nowhere else.
+towards the data: weak or none where the policy's own action is in distribution, strong
+where it is not. Q improves the policy inside the data's support and nowhere else.
 
     M(s, a)  = exp(-lam^2/2 ||f(s, a) - a||^2)            certainty in (0, 1], morse.py
-    omega(s) = exp((1 - M(s, pi(s))) / mu) - 1            0 where pi(s) is in the data
+    omega(s) = exp((1 - M(s, pi(s))) / mu) - 1 + floor    floor (paper: 0) in the data
     L_pi     = mean[omega(s) ||pi(s) - a||^2 - Q_1(s, pi(s)) / Z_Q]
                Z_Q = mean |Q_1(s, pi(s))|, a constant to the gradient
     y        = r + gamma (1 - terminal) min_i Q'_i(s', a'),
@@ -45,6 +45,7 @@ class Config:
     """TD3-BST's options. Unset (None) ones take the domain's value, see DEFAULTS."""
 
     mu: float | None = None  # mu, temperature of the weight; unset: by domain
+    floor: float | None = None  # omega where M is 1; unset: by domain
     scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
     supervisor_gradient: bool = True  # differentiate through omega as well
     discount: float | None = None  # gamma, per step; unset: by domain
@@ -55,6 +56,7 @@ class Config:
     critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor and critics
     actor_learning_rate: float = 3e-4  # Adam's step size
+    actor_grad_clip: float = 1.0  # longest gradient of the actor; 0: any
     critic_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
     policy_noise: float = 0.2  # sigma of the target action's noise
@@ -80,14 +82,17 @@ class Config:
             raise ValueError(f"discount must lie in [0, 1], got {self.discount}")
         if self.polyak is not None and not 0 < self.polyak <= 1:
             raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}")
-        if not (self.policy_noise >= 0 and self.noise_clip >= 0):
-            raise ValueError("policy_noise and noise_clip must not be negative")
+        for name in ("floor", "actor_grad_clip", "policy_noise", "noise_clip"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
         if not self.hidden_dims or min(self.hidden_dims) < 1:
             raise ValueError(f"hidden_dims must be positive, got {self.hidden_dims}")
 
 
 LOCOMOTION = {
     "mu": 0.1,
+    "floor": 0.5,
     "discount": 0.99,
     "reward_scale": 1.0,
     "reward_shift": 0.0,
@@ -95,15 +100,16 @@ LOCOMOTION = {
     "normalize_obs": True,
     "critic_layer_norm": False,
 }
-POINTMAZE = {"mu": 0.3, "discount": 0.98, "reward_scale": 10.0}
+POINTMAZE = {"mu": 0.3, "floor": 0.0, "discount": 0.98, "reward_scale": 10.0}
+ANTMAZE = {"floor": 2.0, "reward_scale": 100.0}
 MAZE = {"polyak": 0.01, "critic_layer_norm": True}
-DEFAULTS = {  # first values from short experiments, results/LOG.md
+DEFAULTS = {  # from short experiments, results/bst_study.md
     "locomotion": LOCOMOTION,
     "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
-    "antmaze": LOCOMOTION | MAZE | {"reward_scale": 100.0, "normalize_obs": False},
+    "antmaze": LOCOMOTION | MAZE | ANTMAZE,
     "other": LOCOMOTION,  # untested
 }
-TRACED = ("mu", "scale")  # may differ between the lanes of one program: --sweep
+TRACED = ("mu", "floor", "scale")  # may differ between the lanes: --sweep
 
 
 def resolve(config: Config, domain: str, action_dim: int) -> Config:
@@ -127,11 +133,12 @@ class Transition(NamedTuple):
 
 
 class Supervisor(NamedTuple):
-    """The frozen Morse network and the temperature; traced: a sweep is one compile."""
+    """The frozen Morse network, and what makes omega of it; traced, for sweeps."""
 
     params: Params  # of the perturbation model f
     scale: jax.Array  # () lam
     mu: jax.Array  # ()
+    floor: jax.Array  # () of omega; 0 in the paper
 
 
 class AgentState(NamedTuple):
@@ -208,11 +215,11 @@ def q_values(
 def supervisor(
     bst: Supervisor, obs: jax.Array, action: jax.Array, config: Config
 ) -> tuple[jax.Array, jax.Array]:
-    """The weight omega (B,) in [0, e^(1/mu) - 1] and the uncertainty C (B,)."""
+    """The weight omega (B,), floor to floor + e^(1/mu) - 1, and C (B,)."""
     uncertainty = morse.uncertainty(
         bst.params, obs, action, bst.scale, config.morse_net
     )
-    return jnp.expm1(uncertainty / bst.mu), uncertainty
+    return bst.floor + jnp.expm1(uncertainty / bst.mu), uncertainty
 
 
 def td_target(
@@ -317,10 +324,12 @@ def update_actor(
     grad, metrics = jax.grad(actor_loss, has_aux=True)(
         agent.actor, agent.critics, bst, batch, config
     )
+    metrics["actor_grad_norm"] = optax.tree.norm(grad)
+    if config.actor_grad_clip:  # or the first ones, of e^(1/mu) / mu, stay in Adam
+        grad = optax.projections.projection_l2_ball(grad, config.actor_grad_clip)
     adam, _ = optimizers(config)
     step, actor_opt = adam.update(grad, agent.actor_opt)
     actor = optax.apply_updates(agent.actor, step)
-    metrics["actor_grad_norm"] = optax.tree.norm(grad)
     return agent._replace(
         actor=actor,
         actor_opt=actor_opt,
@@ -426,7 +435,9 @@ def main(args: list[str] | None = None) -> None:
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config
     )
     if min(options.swept.get("mu", (config.mu or 1,))) < 0.025:
-        print("warning: with mu below 0.025 Adam's squared gradients overflow float32")
+        print(
+            "warning: with mu below 0.025 the actor's first gradients overflow float32"
+        )
     lam, net = config.scale, config.morse_net
     reused = run.reused_networks(options, dataset, mean, lam, net)
     job = run.Run("td3_bst", options, config, dataset, mean, std)
@@ -445,8 +456,12 @@ def main(args: list[str] | None = None) -> None:
         (agent, params), step = restored
         job.evaluate_again(step, agent.actor)
 
-    scale, mu = job.traced("scale", config.scale), job.traced("mu", config.mu)
-    bst = Supervisor(params, scale, mu)
+    bst = Supervisor(
+        params,
+        scale=job.traced("scale", config.scale),
+        mu=job.traced("mu", config.mu),
+        floor=job.traced("floor", config.floor),
+    )
     program = job.chunked(partial(train, config=config), True, True, False, True, False)
     keys = job.keys(2)
     for start, length in job.chunks("TD3-BST", step, *job.plan):
@@ -457,7 +472,7 @@ def main(args: list[str] | None = None) -> None:
             job.checkpoint(start + length, (agent, params), agent.actor)
 
     first = jax.tree.map(lambda x: np.asarray(x)[0], params)
-    density = partial(morse.certainty, first, scale=scale[0], config=net)
+    density = partial(morse.certainty, first, scale=bst.scale[0], config=net)
     job.finish(agent.actor, density)
 
 

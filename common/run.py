@@ -146,10 +146,13 @@ def load_morse(
         scale=float(scale),
         kernel=config.kernel,
         kappa=config.kappa,
+        negatives=config.negatives,
+        noise=list(config.noise),
         fingerprint=fingerprint,
         standardised=standardised,
     )
-    found = {**meta.get("config", {}), **meta}
+    found = {"negatives": "uniform", "noise": wanted["noise"]}  # of older networks
+    found |= {**meta.get("config", {}), **meta}
     for name, value in wanted.items():
         if found.get(name) != value:
             raise UserError(

@@ -36,6 +36,7 @@ PLAIN = {  # options that leave a method what it is; also alpha = 0, see `is_pla
     "policy_step",
     "best_fraction",
 }
+BEFORE = {"actor_grad_clip", "floor", "morse_net.negatives"}  # of the sweep over lam
 RESAMPLES = 5_000
 NOT_YET = "No such runs yet."
 
@@ -135,7 +136,7 @@ def by_scale(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
     found: dict[str, list[Run]] = {}
     for run in runs:
         names = run.options.keys()
-        scaled = "scale" in names and names <= PLAIN | {"scale"}
+        scaled = "scale" in names and names <= PLAIN | BEFORE | {"scale"}
         if run.method == "TD3-BST" and scaled and is_finished(run):
             found.setdefault(run.dataset, []).append(run)
     groups: dict[str, dict[float, list[Run]]] = {}

@@ -62,8 +62,10 @@ def twins(first: Any, second: Any) -> Any:
     return {"params": stacked}
 
 
-def bst_of(params: Any, scale: float = 1.0, mu: float = 0.5) -> Supervisor:
-    return Supervisor(params, f32(scale), f32(mu))
+def bst_of(
+    params: Any, scale: float = 1.0, mu: float = 0.5, floor: float = 0.0
+) -> Supervisor:
+    return Supervisor(params, f32(scale), f32(mu), f32(floor))
 
 
 def random_data(seed: int, num: int) -> Transition:

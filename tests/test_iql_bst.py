@@ -202,6 +202,7 @@ def test_resolve_keeps_what_is_set(domain: str, step: Any):
         expectile=0.5,
         beta=0.0,
         mu=0.25,
+        floor=0.0,
         scale=4.0,
         discount=0.0,
         reward_scale=2.0,

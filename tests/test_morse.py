@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,7 +102,7 @@ def test_loss_by_hand():
     )
     np.testing.assert_allclose(loss, 1.087099, rtol=1e-6)
     np.testing.assert_allclose(metrics["certainty_data"], 0.606531, rtol=1e-6)
-    np.testing.assert_allclose(metrics["certainty_uniform"], 0.587099, rtol=1e-6)
+    np.testing.assert_allclose(metrics["certainty_negatives"], 0.587099, rtol=1e-6)
 
 
 @pytest.mark.parametrize("config", [Config(), RQ])
@@ -135,6 +136,29 @@ def test_uncertainty_is_accurate_near_zero(config):
     assert 1 - morse.certainty(*inputs) == 0
 
 
+def test_negatives_stay_in_the_box_and_have_the_stated_law():
+    # Data at (0, .9); sd log-uniform on [.01, 1], so P(sd < .1) = 1/2, and with sd = s
+    # P(|noise| < .1) = erf(.1 / (s sqrt 2)): averaged over log s that is .6206.
+    action = jnp.tile(jnp.array([[0.0, 0.9]]), (20_000, 1))
+    config = Config(negatives="perturbed", noise=(0.01, 1.0), num_negatives=3)
+    found = np.asarray(morse.draw_negatives(jax.random.key(0), action, config))
+    assert found.shape == (20_000, 3, 2)
+    assert abs(found).max() == 1.0  # clipped onto the face, not drawn again
+    assert (found[..., 1] == 1.0).mean() > 0.1
+    sd = np.exp(np.linspace(np.log(0.01), 0, 2001))
+    inside = np.mean([math.erf(0.1 / (s * math.sqrt(2))) for s in sd])
+    assert inside == pytest.approx(0.6206, abs=2e-3)
+    assert (abs(found[..., 0]) < 0.1).mean() == pytest.approx(inside, abs=0.01)
+    # One sd for all dimensions of a negative: their sizes go together.
+    size = np.log(abs(found[..., 0].ravel()) + 1e-9)
+    other = np.log(abs(found[..., 1].ravel() - 0.9) + 1e-9)
+    assert np.corrcoef(size, other)[0, 1] > 0.3
+    uniform = dataclasses.replace(config, negatives="uniform")
+    flat = np.asarray(morse.draw_negatives(jax.random.key(0), action, uniform))
+    assert flat.mean() == pytest.approx(0.0, abs=0.01)
+    assert flat.std() == pytest.approx(1 / math.sqrt(3), abs=0.01)
+
+
 def test_leading_dims_broadcast():
     params = morse.init(jax.random.key(0), 3, 2, SMALL).params
     obs = jax.random.normal(jax.random.key(1), (4, 3))
@@ -147,12 +171,12 @@ def test_leading_dims_broadcast():
 
 
 # ============================================================= Optimum in closed form
-# M* = min(1, p / u). Where p / u is steep, single networks scatter by up to .1 (2-D),
-# so four seeds are fitted side by side and their median is judged; the last updates run
-# at a tenth of the learning rate. A million actions, because of 100,000 a sample can
-# hold 12 % too many at a point, which the network then rightly learns.
+# M* = min(1, p / q), q = u for uniform negatives. Where p / q is steep, single networks
+# scatter by up to .1 (2-D), so four seeds are fitted side by side and their median is
+# judged; the last updates run at a tenth of the learning rate. A million actions: of
+# 100,000 a sample can hold 12 % too many at a point, which the network rightly learns.
 
-NET = {"hidden_dims": (64, 64, 64), "batch_size": 256}
+NET: Any = {"hidden_dims": (64, 64, 64), "batch_size": 256, "negatives": "uniform"}
 FAST, SLOW = Config(learning_rate=1e-3, **NET), Config(learning_rate=1e-4, **NET)
 
 
@@ -198,6 +222,26 @@ def test_optimum_in_1d_whatever_the_number_of_negatives():
     fast, slow = (dataclasses.replace(c, num_negatives=4) for c in (FAST, SLOW))
     found = fitted_certainty([0.3], ACTIONS_1D, jnp.array(1.0), (fast, slow), range(1))
     np.testing.assert_allclose(found, OPTIMUM_1D, atol=0.05)
+
+
+def test_optimum_with_perturbed_negatives():
+    # Data N(0, .15^2), noise of sd s log-uniform on [.05, 1]: q(a) is the mean over
+    # log s of N(a; 0, .15^2 + s^2), and M* = min(1, p / q): 1 up to |a| = .223
+    # (with uniform negatives up to .274), .585 at .3, .096 at .45.
+    sd = np.exp(np.linspace(np.log(0.05), 0, 4001))
+
+    def density(action, variance):
+        return np.exp(-(action**2) / 2 / variance) / np.sqrt(2 * np.pi * variance)
+
+    action = np.array([0.0, 0.1, -0.15, 0.25, 0.3, -0.35, 0.45, 0.7])
+    blurred = density(action[:, None], 0.15**2 + sd**2).mean(axis=1)
+    optimum = np.minimum(1.0, density(action, 0.15**2) / blurred)
+    assert optimum[4] == pytest.approx(0.585, abs=1e-3)
+    change: Any = dict(negatives="perturbed", noise=(0.05, 1.0))
+    configs = [dataclasses.replace(c, **change) for c in (FAST, SLOW)]
+    at = jnp.array(action, jnp.float32)[:, None]
+    found = fitted_certainty([0.15], at, jnp.array(1.0), (configs[0], configs[1]))
+    np.testing.assert_allclose(found, optimum, atol=0.07)
 
 
 def test_optimum_in_2d():
@@ -319,6 +363,9 @@ def test_fit_says_what_is_wrong(change, message):
         {"kappa": 0.0},
         {"num_negatives": 0},
         {"hidden_dims": (0,)},
+        {"negatives": "permuted"},
+        {"noise": (0.0, 1.0)},
+        {"noise": (0.5, 0.1)},
     ],
 )
 def test_config_says_what_is_wrong(field):

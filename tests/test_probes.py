@@ -35,16 +35,19 @@ def keys() -> jax.Array:
     return jax.vmap(jax.random.key)(SEEDS)
 
 
-@partial(jax.jit, static_argnames="num_updates")
-def train(keys, data: Transition, morse_params: Params, scale, mu, num_updates=2000):
+@partial(jax.jit, static_argnames=("num_updates", "clip"))
+def train(
+    keys, data: Transition, morse_params: Params, scale, mu, num_updates=2000, clip=1.0
+):
     """Trains fresh agents, one per key, of one program for all the probes."""
+    config = dataclasses.replace(PROBE, actor_grad_clip=clip)
 
     def one_seed(key, params):
         key_init, key_train = jax.random.split(key)
-        agent = td3_bst.init(key_init, 1, 1, PROBE)
-        bst = Supervisor(params, scale, mu)
+        agent = td3_bst.init(key_init, 1, 1, config)
+        bst = Supervisor(params, scale, mu, f32(0.0))
         start = jnp.int32(0)
-        return td3_bst.train(agent, bst, data, key_train, start, num_updates, PROBE)
+        return td3_bst.train(agent, bst, data, key_train, start, num_updates, config)
 
     return jax.vmap(one_seed)(keys, morse_params)
 
@@ -237,7 +240,7 @@ def test_certain_nowhere_is_td3_bc(keys: jax.Array):
     mu = 1.0
     config = dataclasses.replace(TD3_BC, alpha=float(1 / np.expm1(1 / mu)))
     args = (keys, data, nowhere_certain(keys), f32(1.0), f32(mu))
-    bst, metrics = train(*args, num_updates=200)
+    bst, metrics = train(*args, num_updates=200, clip=0.0)
     bc, _ = train_td3_bc(keys, data, config, num_updates=200)
     assert metrics["certainty"] == pytest.approx(np.zeros(4), abs=1e-6)
     np.testing.assert_allclose(
@@ -249,7 +252,8 @@ def test_certain_nowhere_is_td3_bc(keys: jax.Array):
 def test_certain_everywhere_is_td3_with_any_amount_of_q(keys: jax.Array, unfitted):
     # omega = 0 leaves -Q / Z_Q: TD3, and TD3+BC in the limit of a large alpha.
     data = random_bandit()
-    bst, metrics = train(keys, data, unfitted, NO_PULL, MU, num_updates=200)
+    args = (keys, data, unfitted, NO_PULL, MU)
+    bst, metrics = train(*args, num_updates=200, clip=0.0)
     config = dataclasses.replace(TD3_BC, alpha=1e5)
     bc, _ = train_td3_bc(keys, data, config, num_updates=200)
     np.testing.assert_array_equal(metrics["omega"], np.zeros(4))
@@ -288,7 +292,7 @@ def train_iql(keys, data: Any, morse_params, config: iql_bst.Config, num_updates
     def one_seed(key, params):
         key_init, key_train = jax.random.split(key)
         agent = iql_bst.init(key_init, 1, 1, config)
-        bst = iql_bst.Supervisor(params, f32(2.0), f32(config.mu))
+        bst = iql_bst.Supervisor(params, f32(2.0), f32(config.mu), f32(0.0))
         args = (data, key_train, jnp.int32(0), num_updates, config)
         return iql_bst.train(agent, bst, f32(config.expectile), *args)
 

@@ -7,8 +7,9 @@ ROOT = Path(__file__).parent.parent
 # Same-named definitions that may differ from td3_bst.py's, and why.
 TD3_BC = {
     "Config": "alpha instead of mu, scale and the Morse network",
-    "LOCOMOTION": "mu",
-    "POINTMAZE": "mu",
+    "LOCOMOTION": "mu and floor",
+    "POINTMAZE": "mu and floor",
+    "ANTMAZE": "floor",
     "TRACED": "alpha",
     "resolve": "the scale's default",
     "actor_loss": "the objective",
@@ -22,6 +23,7 @@ IQL_BST = {
     "LOCOMOTION": "expectile and beta, IQL's settings",
     "POINTMAZE": "IQL's settings",
     "MAZE": "IQL's settings",
+    "ANTMAZE": "IQL's settings",
     "DEFAULTS": "IQL's settings",
     "TRACED": "the expectile",
     "resolve": "rewards scaled by the returns' range, the actor's decay",

@@ -117,6 +117,8 @@ KEY = jax.random.key(0)
         dict(polyak=1.5),
         dict(policy_noise=-0.1),
         dict(noise_clip=-0.1),
+        dict(floor=-0.1),
+        dict(actor_grad_clip=-1.0),
         dict(hidden_dims=()),
         dict(hidden_dims=(256, 0)),
     ],
@@ -130,6 +132,7 @@ def test_config_refuses(bad: dict[str, Any]):
 
 def test_config_takes_the_edges():
     Config(mu=0.02, discount=1.0, polyak=1.0, policy_noise=0.0, noise_clip=0.0)
+    Config(floor=0.0, actor_grad_clip=0.0)
     Config(mu=1e6, discount=0.0, batch_size=1, policy_delay=1, reward_shift=-1.0)
 
 
@@ -148,6 +151,7 @@ def test_resolve_keeps_what_is_set(domain: str):
     # False and 0 are set, not unset.
     config = Config(
         mu=0.3,
+        floor=0.0,
         scale=4.0,
         discount=0.0,
         reward_scale=2.0,
@@ -186,6 +190,14 @@ def test_supervisor_weight(certainty: float, mu: float, omega: float):
     )
     assert np.asarray(weight) == pytest.approx([omega, omega], rel=1e-5)
     assert np.asarray(uncertainty) == pytest.approx([1 - certainty] * 2, rel=1e-5)
+
+
+def test_the_floor_is_added_to_omega():
+    # M = .9, mu = .1: omega = e - 1 = 1.718282, plus .5; where M is 1, .5.
+    for offset, omega in ((math.sqrt(-math.log(0.9) / 2), 2.218282), (0.0, 0.5)):
+        bst = bst_of(net(([[0], [1]], [offset])), scale=2.0, mu=0.1, floor=0.5)
+        weight, _ = td3_bst.supervisor(bst, f32([[0.3]]), f32([[0.9]]), HAND)
+        assert float(weight[0]) == pytest.approx(omega, rel=1e-5)
 
 
 def test_supervisor_weight_is_precise_near_zero():
@@ -412,6 +424,17 @@ def test_certainty_one_leaves_td3():
     assert_same(grad, other)
 
 
+def test_a_certain_action_is_pulled_by_the_floor_alone():
+    # M = 1, floor = .5, pi = tanh(b) = .5, a = .1, Q_1 = 2 a with Z_Q = 1:
+    # L = .5 (.16) - 1, dL/db = (.5 * 2 (.4) - 2) (1 - .25) = -1.2.
+    critics = twins(critic_net(0, [2], 0), critic_net(0, [2], 0))
+    bst = bst_of(net(([[0], [1]], [0])), mu=0.1, floor=0.5)
+    batch = transitions(2, action=0.1)
+    grad, metrics = actor_grad(actor_net([0], [0.5]), critics, bst, batch, HAND)
+    assert float(grad["params"]["Dense_1"]["bias"][0]) == pytest.approx(-1.2, abs=1e-5)
+    assert float(metrics["actor_loss"]) == pytest.approx(-0.92, abs=1e-6)
+
+
 def test_supervisor_gradient_by_hand():
     # One action, f = 0, lam = 1, mu = .5, a = .1, pi = tanh(b) = .5, d = .16:
     # M = exp(-.125) = .882497, C = .117503, exp(C / mu) = 1.264917, omega = .264917.
@@ -482,10 +505,11 @@ def test_critic_step_against_numpy(one_step):
     assert float(metrics["q_data"]) == pytest.approx(q_data, rel=1e-4)
 
 
-@pytest.mark.parametrize("through", [True, False])
-def test_actor_step_against_numpy(one_step, through: bool):
+@pytest.mark.parametrize(("through", "clip"), [(True, 0.0), (False, 0.0), (True, 0.3)])
+def test_actor_step_against_numpy(one_step, through: bool, clip: float):
     agent, _, batch, (reference, supervisor, rows) = one_step
-    config = dataclasses.replace(LARGE_STEPS, supervisor_gradient=through)
+    change: Any = dict(supervisor_gradient=through, actor_grad_clip=clip)
+    config = dataclasses.replace(LARGE_STEPS, **change)
     critics = reference.critics
     action = numpy_policy(reference.actor, rows.obs)
     z_q = np.abs(numpy_q(critics, rows.obs, action)[0]).mean()
@@ -496,7 +520,11 @@ def test_actor_step_against_numpy(one_step, through: bool):
         lambda actor: numpy_actor_loss(actor, critics, supervisor, rows, z_q, fixed),
         reference.actor,
     )
-    expected = numpy_adam(reference.actor, grad, agent.actor_opt, rate=0.1)
+    length = norm(grad)
+    assert length > 0.3
+    kept = min(1.0, clip / length) if clip else 1.0
+    clipped = jax.tree.map(lambda g: kept * g, grad)
+    expected = numpy_adam(reference.actor, clipped, agent.actor_opt, rate=0.1)
 
     stepped, metrics = update_actor(agent, one_step[1], batch, config)
     loss = numpy_actor_loss(reference.actor, critics, supervisor, rows, z_q)
@@ -511,6 +539,26 @@ def test_actor_step_against_numpy(one_step, through: bool):
         new, old = getattr(stepped, name), getattr(agent, f"target_{name}")
         mixed = jax.tree.map(lambda x, y: 0.25 * x + 0.75 * y, new, old)
         assert_same(getattr(stepped, f"target_{name}"), mixed, tolerance=1e-6)
+
+
+SQUARES = [(1.0, 1e-3), (0.5, 2.5e-4), (0.0, None)]
+
+
+@pytest.mark.parametrize(("clip", "square"), SQUARES)
+def test_a_policy_far_out_does_not_spoil_adam(clip: float, square: float | None):
+    # M = 0, mu = .05: the gradient is about e^20, 5e8, times the distance. Adam keeps
+    # its square, less a thousandth per step, so that for 40,000 steps no later gradient
+    # would move the policy much. Clipped to c, its mean square is c^2 / 1000.
+    config = dataclasses.replace(SMALL, actor_grad_clip=clip)
+    agent, bst = random_agent(2, config)
+    far = bst._replace(params=net(([[0, 0]] * 5, [100, 100])), mu=f32(0.05))
+    stepped, metrics = update_actor(agent, far, random_data(3, 16), config)
+    assert float(metrics["actor_grad_norm"]) > 1e7
+    found = sum(float(x.sum()) for x in jax.tree.leaves(stepped.actor_opt[0].nu))
+    if clip:
+        assert found == pytest.approx(square, rel=1e-3)
+    else:
+        assert found > 1e11
 
 
 def test_what_the_supervisor_gradient_adds(one_step):

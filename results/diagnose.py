@@ -1,0 +1,412 @@
+"""Why does a run succeed or fail? Looks at one run's policies, critics and densities.
+
+    uv run results/diagnose.py RUN [RUN ...]
+
+For every policy of a finished run of td3_bst.py, td3_bc.py or iql_bst.py:
+
+- at states of the data: the certainty M of the data's and of the policy's actions, the
+  weight omega, how far the policy is from the data's actions, how much of its action
+  sits on the box's faces; how far out M stays large, in random directions and along Q's
+  gradient; uniform actions and corners that M holds for certain;
+- in roll-outs: how certain and how far from the data the visited states are, and
+  Q_1(s, pi(s)) beside the return that really followed.
+
+Writes `diagnosis.csv`, a row per policy, and `diagnosis.png` (the first policy's) into
+the run's folder, and prints the rows.
+"""
+
+import csv
+import dataclasses
+import importlib
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy.spatial import KDTree
+
+if __name__ == "__main__":  # a script finds its neighbours through the repository root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import morse
+from common import checkpoint, datasets, rollout
+from common.datasets import Dataset
+from common.errors import UserError
+from common.options import RunOptions, from_json
+from common.run import guarded
+from common.tasks import flatten_obs, make_env
+
+RADII = np.array([0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.6])
+NEIGHBOURS = 50  # states whose actions count as the data's at a state
+KNOWN = 50_000  # most transitions among which neighbours are looked for
+UNIFORM = 64  # uniform actions, and corners, per state
+SETTLED = 0.05  # what may be missing of a discounted return, as a share of gamma^t
+
+
+@dataclass(frozen=True)
+class Options:
+    """Looks at finished runs."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # their folders
+    episodes: int = 10  # roll-outs per policy; 0: none
+    points: int = 2000  # states of the data to look at
+
+    def __post_init__(self) -> None:
+        if self.episodes < 0 or self.points < 1:
+            raise ValueError("episodes must be at least 0 and points at least 1")
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One policy of a run, with its critics and density; all in the networks' units."""
+
+    label: str
+    module: Any  # the algorithm's file
+    config: Any
+    actor: Any
+    critics: Any
+    density: Any  # parameters of its Morse network
+    scale: float  # lam
+    mu: float | None  # None: the algorithm has no such weight
+
+    def policy(self, obs: Any) -> jax.Array:
+        """pi(s), (B, A) in [-1, 1]."""
+        return self.module.policy(self.actor, obs, self.config)
+
+    def q(self, obs: Any, action: Any) -> jax.Array:
+        """Q_1(s, a), (B,)."""
+        return self.module.q_values(self.critics, obs, action, self.config)[0]
+
+    def certainty(self, obs: Any, action: Any) -> jax.Array:
+        """M(s, a), (...)."""
+        net = getattr(self.config, "morse_net", morse.Config())
+        return morse.certainty(self.density, obs, action, self.scale, net)
+
+
+# ============================================================================== Load
+
+
+def load(folder: Path) -> tuple[list[Lane], Dataset, rollout.NumpyPolicy]:
+    """A finished run's policies, its dataset, and the policies in numpy.
+
+    Raises:
+        UserError: the folder is no finished run, or its data are not there any more.
+    """
+    stored = checkpoint.read_json(folder / "config.json")
+    module = importlib.import_module(stored["algorithm"])
+    options = from_json(RunOptions, stored["options"])
+    config = from_json(module.Config, stored["config"])
+    dataset = datasets.load(options.dataset, options.eval_map, options.best_fraction)
+    if dataset.fingerprint != stored["dataset"]["fingerprint"]:
+        raise UserError(f"{dataset.name} is not the data that {folder} was trained on")
+    paths = sorted((folder / "checkpoint").glob("step-*.safetensors"))
+    if not paths or not (folder / "result.json").exists():
+        raise UserError(f"{folder} is not a finished run; go on with --resume {folder}")
+    dims, norm = (dataset.obs_dim, dataset.action_dim), np.zeros(dataset.obs_dim)
+    net = getattr(config, "morse_net", morse.Config())
+    agent, density = jax.eval_shape(
+        jax.vmap(partial(_fresh, module=module, config=config, net=net, dims=dims)),
+        jax.random.split(jax.random.key(0), len(options.lanes)),
+    )
+    state = (agent, density) if hasattr(config, "morse_net") else agent
+    whole, _ = checkpoint.load_tree(
+        paths[-1], {"state": state, "obs_mean": norm, "obs_std": norm}
+    )
+    agent = whole["state"][0] if hasattr(config, "morse_net") else whole["state"]
+    box = dataset.action_low, dataset.action_high
+    layers = rollout.layers_of(agent.actor)
+    policy = rollout.NumpyPolicy(layers, whole["obs_mean"], whole["obs_std"], *box)
+    one = jax.tree.map(lambda x: np.zeros(x.shape[1:]), density)
+    lanes = []
+    for i, run in enumerate(options.lanes):
+        label = "-".join(f"{name}{value:.9g}" for name, value in run.items())
+        scale = run.get("scale", getattr(config, "scale", dataset.action_dim / 2))
+        name = f"scale{float(scale):.9g}-seed{run['seed']}.safetensors"
+        params, _ = checkpoint.load_tree(folder / "morse" / name, one)
+        mu = run.get("mu", getattr(config, "mu", None))
+        actor = jax.tree.map(lambda x, i=i: x[i], agent.actor)
+        critics = jax.tree.map(lambda x, i=i: x[i], agent.critics)
+        lanes.append(Lane(label, module, config, actor, critics, params, scale, mu))
+    return lanes, dataset, policy
+
+
+def _fresh(
+    key: jax.Array, module: Any, config: Any, net: morse.Config, dims: tuple[int, int]
+) -> Any:
+    """An agent and a Morse network's parameters, for their shapes."""
+    return module.init(key, *dims, config), morse.init(key, *dims, net).params
+
+
+# ======================================================================= On the data
+
+
+def nearest_action(
+    action: np.ndarray, at: np.ndarray, known: Mapping[str, Any], skip: bool
+) -> np.ndarray:
+    """Squared distance (B,) to the nearest of the actions that data has nearby.
+
+    Args:
+        action: (B, A). at: (B, S) states as the networks see them.
+        known: `tree` over the data's states and their `action`s.
+        skip: the states are the data's own, whose own action does not count.
+    """
+    _, index = known["tree"].query(at, k=NEIGHBOURS + 1)
+    index = index[:, 1:] if skip else index[:, :-1]
+    return np.square(known["action"][index] - action[:, None]).sum(-1).min(-1)
+
+
+def profile(
+    lane: Lane, obs: np.ndarray, action: np.ndarray, towards: np.ndarray
+) -> np.ndarray:
+    """Mean M at RADII from the actions in the unit directions `towards` (B, A)."""
+    moved = np.clip(action + RADII[:, None, None] * towards, -1.0, 1.0)  # (R, B, A)
+    return np.asarray(lane.certainty(obs, moved).mean(axis=1))
+
+
+def radius(profile: np.ndarray) -> float:
+    """Where the mean certainty falls to half its value at the data; infinite if not."""
+    below = np.flatnonzero(profile < profile[0] / 2)
+    if not below.size or below[0] == 0:
+        return float("inf")
+    end = int(below[0])
+    return float(
+        np.interp(
+            -profile[0] / 2, -profile[end - 1 : end + 1], RADII[end - 1 : end + 1]
+        )
+    )
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """The vectors (..., A) at length 1."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def on_data(
+    lane: Lane,
+    obs: np.ndarray,
+    action: np.ndarray,
+    known: Mapping[str, Any],
+    rng: np.random.Generator,
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Scalars, and arrays for the picture, at states (B, S) and actions (B, A)."""
+    chosen = np.asarray(lane.policy(obs))
+    uniform = rng.uniform(-1, 1, (UNIFORM, *action.shape)).astype(np.float32)
+    sure = np.asarray(lane.certainty(obs, uniform))  # (U, B)
+    corner = np.asarray(lane.certainty(obs, np.sign(uniform)))
+    gradient = jax.grad(lambda a: lane.q(obs, a).sum())(jnp.asarray(action))
+    random = unit(rng.normal(size=action.shape))
+    profiles = {
+        "random": profile(lane, obs, action, random),
+        "q": profile(lane, obs, action, unit(np.asarray(gradient))),
+    }
+    own = nearest_action(action, obs, known, skip=True)
+    far = nearest_action(uniform[0], obs, known, skip=True) > np.quantile(own, 0.99)
+    policy_m = np.asarray(lane.certainty(obs, chosen))
+    scalars = {
+        "certainty_data": float(lane.certainty(obs, action).mean()),
+        "certainty_policy": float(policy_m.mean()),
+        "certainty_uniform": float(sure.mean()),
+        "certainty_corners": float(corner.mean()),
+        "false_certain": float((sure[0] > 0.5)[far].mean()) if far.any() else 0.0,
+        "omega": float(np.expm1((1 - policy_m) / lane.mu).mean()) if lane.mu else None,
+        "distance": float(np.square(chosen - action).sum(-1).mean()),
+        "nearest_policy": float(nearest_action(chosen, obs, known, True).mean()),
+        "nearest_data": float(own.mean()),
+        "saturated_policy": float((np.abs(chosen) > 0.95).mean()),
+        "saturated_data": float((np.abs(action) > 0.95).mean()),
+        "radius_random": radius(profiles["random"]),
+        "radius_q": radius(profiles["q"]),
+    }
+    arrays = {"data": np.asarray(lane.certainty(obs, action)), "policy": policy_m}
+    arrays |= {"uniform": sure[0], "chosen": chosen, "action": action}
+    return scalars, arrays | {f"profile_{k}": v for k, v in profiles.items()}
+
+
+# ======================================================================= In roll-outs
+
+
+def play(
+    policy: rollout.NumpyPolicy, number: int, dataset: Dataset, episodes: int
+) -> list[dict[str, Any]]:
+    """Episodes of policy `number`: observations (T, S), rewards (T,), how they end."""
+    assert dataset.task is not None
+    layers = tuple(
+        (w[number : number + 1], b[number : number + 1]) for w, b in policy.layers
+    )
+    own, task = dataclasses.replace(policy, layers=layers), dataset.task
+    env, played = make_env(task), []
+    for episode in range(episodes):
+        obs, rewards, terminal = [], [], False
+        raw, _ = env.reset(seed=episode)
+        while len(rewards) < task.horizon and not terminal:
+            obs.append(np.asarray(flatten_obs(task, raw), np.float32))
+            act = own(obs[-1][None, None])[0, 0].astype(env.action_space.dtype)
+            raw, reward, terminal, truncated, _ = env.step(act)
+            rewards.append(float(reward))
+            terminal = terminal or (task.ends_at_success and rewards[-1] > 0)
+            if truncated:
+                break
+        played.append(
+            {"obs": np.array(obs), "reward": np.array(rewards), "terminal": terminal}
+        )
+    env.close()
+    return played
+
+
+def returns_to_go(episode: Mapping[str, Any], config: Any) -> np.ndarray:
+    """Discounted return from every step (T,), NaN where too much of it was cut off."""
+    reward = config.reward_scale * episode["reward"] + config.reward_shift
+    total, out = 0.0, np.zeros(len(reward))
+    for t in range(len(reward) - 1, -1, -1):
+        out[t] = total = reward[t] + config.discount * total
+    if not episode["terminal"]:
+        left = config.discount ** np.arange(len(reward), 0, -1)
+        out[left > SETTLED] = np.nan
+    return out
+
+
+def on_rollouts(
+    lane: Lane, played: Sequence[Mapping[str, Any]], norm: Any, known: Mapping[str, Any]
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Scalars, and arrays for the picture, over the episodes played."""
+    obs = np.concatenate([norm(episode["obs"]) for episode in played])
+    true = np.concatenate([returns_to_go(e, lane.config) for e in played])
+    action = lane.policy(obs)
+    q, sure = np.asarray(lane.q(obs, action)), np.asarray(lane.certainty(obs, action))
+    away, _ = known["tree"].query(obs, k=1)
+    settled = ~np.isnan(true)
+    enough = settled.sum() > 2 and np.ptp(true[settled]) > 0 and np.ptp(q[settled]) > 0
+    scalars = {
+        "rollout_return": float(np.mean([e["reward"].sum() for e in played])),
+        "rollout_length": float(np.mean([len(e["reward"]) for e in played])),
+        "rollout_certainty": float(sure.mean()),
+        "state_distance": float(np.median(away)),
+        "q_rollout": float(q[settled].mean()) if settled.any() else None,
+        "true_return": float(true[settled].mean()) if settled.any() else None,
+        "q_correlation": float(np.corrcoef(q[settled], true[settled])[0, 1])
+        if enough
+        else None,
+    }
+    time = np.concatenate([np.arange(len(e["reward"])) for e in played])
+    return scalars, {"q": q, "true": true, "away": away, "time": time, "visited": sure}
+
+
+# ============================================================================ Picture
+
+
+def draw(path: Path, title: str, arrays: Mapping[str, np.ndarray], base: float) -> None:
+    """Six panels: certainties, M against distance, box, Q against truth, states."""
+    figure = Figure(figsize=(12, 6.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3)
+    bins = np.linspace(0, 1, 41)
+    names = {
+        "data": "data's actions",
+        "policy": "policy's actions",
+        "uniform": "uniform",
+    }
+    names["visited"] = "policy's, in roll-outs"
+    for name, label in names.items():
+        if name in arrays:
+            share = np.full(len(arrays[name]), 1 / len(arrays[name]))
+            axes[0, 0].hist(
+                arrays[name], bins, weights=share, histtype="step", label=label
+            )
+    axes[0, 0].set(yscale="log", xlabel="certainty M", ylabel="share of pairs per bin")
+    for name, label in (("random", "random directions"), ("q", "along Q's gradient")):
+        axes[0, 1].plot(RADII, arrays[f"profile_{name}"], marker=".", label=label)
+    gap = np.sqrt(np.square(arrays["chosen"] - arrays["action"]).sum(-1))
+    axes[0, 1].axvline(np.median(gap), color="0.5", ls="--", label="policy, median")
+    axes[0, 1].set(
+        xlabel="distance from the data's action", ylabel="mean M", ylim=(0, 1.02)
+    )
+    box = np.linspace(-1, 1, 41)
+    for name, label in (("action", "data"), ("chosen", "policy")):
+        flat = arrays[name].ravel()
+        weights = np.full(len(flat), 1 / len(flat))
+        axes[0, 2].hist(flat, box, weights=weights, histtype="step", label=label)
+    axes[0, 2].set(yscale="log", xlabel="action component", ylabel="share per bin")
+    if "q" in arrays:
+        axes[1, 0].plot(arrays["true"], arrays["q"], ".", ms=2, alpha=0.3)
+        ends = [
+            np.nanmin([arrays["true"], arrays["q"]]),
+            np.nanmax([arrays["true"], arrays["q"]]),
+        ]
+        axes[1, 0].plot(ends, ends, color="0.5", ls="--", label="equal")
+        axes[1, 0].set(xlabel="return that followed", ylabel="Q(s, pi(s))")
+        axes[1, 1].plot(
+            arrays["time"], arrays["away"], ".", ms=2, alpha=0.3, label="visited"
+        )
+        axes[1, 1].axhline(base, color="0.5", ls="--", label="data, median")
+        axes[1, 1].set(
+            xlabel="step of the episode", ylabel="distance to the nearest state"
+        )
+        axes[1, 2].plot(arrays["time"], arrays["visited"], ".", ms=2, alpha=0.3)
+        axes[1, 2].set(
+            xlabel="step of the episode", ylabel="M(s, pi(s))", ylim=(0, 1.02)
+        )
+    for ax in axes.flat:
+        ax.grid(alpha=0.25)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+# =============================================================================== Main
+
+
+def diagnose(folder: Path, options: Options) -> list[dict[str, Any]]:
+    """The rows of one run, a policy each; writes them and the picture."""
+    lanes, dataset, policy = load(folder)
+    rng = np.random.default_rng(0)
+
+    def norm(raw: np.ndarray) -> np.ndarray:
+        return ((raw - policy.obs_mean) / policy.obs_std).astype(np.float32)
+
+    kept = rng.permutation(dataset.num_transitions)[:KNOWN]
+    seen, acted = norm(np.asarray(dataset.obs)[kept]), np.asarray(dataset.action)[kept]
+    known = {"tree": KDTree(seen), "action": acted}
+    obs, action = seen[: options.points], acted[: options.points]
+    own, _ = known["tree"].query(obs, k=2)
+    rows, first = [], {}
+    for i, lane in enumerate(lanes):
+        row, arrays = on_data(lane, obs, action, known, rng)
+        if options.episodes and dataset.task is not None:
+            played = play(policy, i, dataset, options.episodes)
+            more, seen_there = on_rollouts(lane, played, norm, known)
+            row, arrays = row | more, arrays | seen_there
+        row["state_distance_data"] = float(np.median(own[:, 1]))
+        rows.append({"run": folder.name, "policy": lane.label} | row)
+        first = first or arrays
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    checkpoint.write_bytes(folder / "diagnosis.csv", text.getvalue().encode())
+    title = f"{lanes[0].module.__name__} on {dataset.name}, {lanes[0].label}"
+    draw(folder / "diagnosis.png", title, first, rows[0]["state_distance_data"])
+    return rows
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=(__doc__ or "").split("\n\n")[0])
+    for folder in options.runs:
+        for row in diagnose(folder, options):
+            print(f"{row['run']}, {row['policy']}")
+            for name, value in list(row.items())[2:]:
+                print(f"  {name:<20} {'-' if value is None else f'{value:.4g}'}")
+        print(folder / "diagnosis.png")
+
+
+if __name__ == "__main__":
+    guarded(main)
