@@ -21,7 +21,7 @@ if __name__ == "__main__":  # a script's own folder comes first; put the root th
 
 from results import store, sweeps, tables
 from results.store import Row
-from results.tables import EMBEDDED, Run
+from results.tables import EMBEDDED, NAMES, Run
 
 COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers too
     "BC": "#E69F00",
@@ -33,7 +33,6 @@ COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers too
 }
 DATA = "#6E6E6E"
 SCALES = ("#FDB32F", "#E16462", "#9C179E", "#2A0593")  # small to large lam
-NAMES = {"score": "score", "length": "steps to the goal", "success": "success rate"}
 PANEL = (3.6, 3.0)  # inches
 
 
@@ -101,6 +100,58 @@ def ablation(path: Path, rows: Sequence[Row], value: str = "score") -> None:
     _finish(figure, axes, axes.size if panels else 0, path)
 
 
+def factors(path: Path, rows: Sequence[Row], step: int | None = None) -> None:
+    """Draws TD3-BST's last evaluations with options changed, a panel per dataset.
+
+    Args:
+        path: of the PNG.
+        rows: of results; TD3-BST's after `step` updates are drawn, and the means of
+            TD3+BC and behaviour cloning as lines.
+        step: the runs' number of updates; if not given, the largest.
+    """
+    runs = tables.runs_of(rows)
+    step = step or max((run.step for run in runs), default=0)
+    panels = tables.by_variant(runs, step)
+    labels = list(dict.fromkeys(label for own in panels.values() for label in own))
+    height = 0.9 + 0.26 * max(8, len(labels))
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
+    width = 2.6 + PANEL[0] * max(1, len(panels))
+    figure = Figure(figsize=(width, height), layout=layout)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, max(1, len(panels)), squeeze=False, sharey=True)
+    for (dataset, own), ax in zip(panels.items(), axes.flat, strict=False):
+        column = tables.figure_column(dataset)
+        for label, found in own.items():
+            _dots(ax, labels.index(label), tables.values(found, column), label)
+        for method in ("BC", "TD3+BC"):
+            sample = tables.values(tables.chosen(runs, method, dataset, step), column)
+            if len(sample):
+                style = {"color": COLOURS[method], "lw": 1.2, "zorder": 1}
+                ax.axvline(sample.mean(), label=method, **style)
+        _dashed_upright(ax, tables.chosen(runs, "data", dataset, 0), column)
+        _name(ax, dataset, column)
+        ax.set_xlabel(NAMES[column], fontsize=8)
+        ax.set_ylabel("")
+        ax.set_yticks(range(len(labels)), [x.replace("+", " ") for x in labels])
+        ax.set_ylim(len(labels) - 0.5, -0.5)
+        _legend(ax)
+    _finish(figure, axes, len(panels), path)
+
+
+def _dots(ax: Axes, place: int, sample: np.ndarray, label: str) -> None:
+    """A dot per seed and a bar at their mean, on a line of their own."""
+    if not len(sample):
+        return
+    colour = COLOURS["TD3-BST"] if label == sweeps.PLAIN else "#444444"
+    ax.scatter(sample, [place] * len(sample), s=22, color=colour, alpha=0.6, lw=0)
+    ax.plot([sample.mean()] * 2, [place - 0.32, place + 0.32], color=colour, lw=2.4)
+
+
+def _dashed_upright(ax: Axes, data: Sequence[Run], column: str) -> None:
+    for mean in tables.values(data, column):
+        ax.axvline(mean, color=DATA, ls="--", lw=1, zorder=1, label="data")
+
+
 def _figure(height: int, width: int) -> tuple[Figure, np.ndarray]:
     height = max(1, height)
     factor = 1.35 if width == height == 1 else 1.0
@@ -121,7 +172,7 @@ def _finish(figure: Figure, axes: np.ndarray, used: int, path: Path) -> None:
 
 
 def _column(dataset: str, value: str) -> str:
-    return "length" if dataset == EMBEDDED and value == "score" else value
+    return tables.figure_column(dataset) if value == "score" else value
 
 
 def _colours(lams: Mapping[float, Any]) -> dict[float, Any]:

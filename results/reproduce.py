@@ -292,10 +292,12 @@ def report(table: str, options: Sweep, planned: Sequence[Job]) -> None:
     rows = rows_wanted(planned, store.read(out / "results.csv"))
     shared = {name for name, _ in options.further}
     rows = [without(row, shared) for row in rows]
-    kind = "ablation-scale" if options.scales else table
+    kind = "bst-factors" if options.variants else table
+    kind = "ablation-scale" if options.scales else kind
     text = tables.report(rows, kind)
     (out / f"{table}.md").write_text(text + "\n", encoding="utf-8")
-    draw = figures.ablation if options.scales else figures.learning_curves
+    pictures = {"ablation-scale": figures.ablation, "bst-factors": figures.factors}
+    draw = pictures.get(kind, figures.learning_curves)
     draw(out / f"{table}.png", rows)
     there, cells = sweeps.held(rows), sum(job.lanes for job in planned)
     print(f"\n{text}\n\n{len(there)} of {cells} policies are there")

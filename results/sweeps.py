@@ -31,6 +31,7 @@ METHODS: dict[Method, tuple[str, dict[str, str]]] = {  # script, options
 }
 OWN = {"dataset", "seed", "num_seeds", "num_updates", "eval_every", "run_dir", "resume"}
 OWN |= {"sweep", "morse", "track", "alpha", "policy_step", "best_fraction"}
+PLAIN = "plain"  # the variant that changes nothing
 # What an update costs, roughly, so that shards are alike on every machine.
 COSTS = {"BC": 1, "10%BC": 1, "TD3+BC": 1, "TD3-BST": 1.4, "IQL": 1.3, "IQL-BST": 1.7}
 
@@ -41,6 +42,17 @@ def _value(text: str) -> str:
         return f"{float(text):.9g}"
     except ValueError:
         return text
+
+
+def pairs(texts: Iterable[str]) -> list[tuple[str, str]]:
+    """Name and value of each NAME=VALUE, as a row has them."""
+    parts = [text.partition("=") for text in texts]
+    return [(name.replace("-", "_"), _value(value)) for name, _, value in parts]
+
+
+def variant_options(variant: str) -> dict[str, str]:
+    """The options that a variant changes."""
+    return {} if variant == PLAIN else dict(pairs(variant.split("+")))
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,7 @@ class Sweep:
     eval_every: int | None = None  # critic updates; unset: the scripts' default
     scales: tuple[float, ...] = ()  # TD3-BST's lam, as multiples of dim(A)
     set: tuple[str, ...] = ()  # NAME=VALUE, options that all the methods have
+    variants: tuple[str, ...] = ()  # each NAME=VALUE[+NAME=VALUE...], or plain
     out: Path = Path("runs/reproduce")  # results.csv, tables, figures, runs; resumed
     shard: str = "1/1"  # i/n: the i-th of n parts that cost about the same
     dry_run: bool = False  # print the commands and their cost
@@ -68,7 +81,7 @@ class Sweep:
                 raise ValueError(f"{name} must be even, an actor step to two: {value}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
-        for name in ("datasets", "methods", "scales"):
+        for name in ("datasets", "methods", "scales", "variants"):
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise ValueError(
@@ -78,26 +91,31 @@ class Sweep:
             raise ValueError("at least one dataset and one method are needed")
         if not all(scale > 0 for scale in self.scales):
             raise ValueError(f"scales must be above 0, got {self.scales}")
-        if self.scales and self.methods != ("TD3-BST",):
-            raise ValueError("scales vary TD3-BST's lam: expected --methods TD3-BST")
-        names = [name for name, _ in self.further]
-        if len(set(names)) != len(names) or (self.scales and "scale" in names):
-            raise ValueError(f"set names an option twice: {' '.join(self.set)}")
-        for text in self.set:
+        for name in ("scales", "variants"):
+            if getattr(self, name) and self.methods != ("TD3-BST",):
+                raise ValueError(f"{name} are of TD3-BST: expected --methods TD3-BST")
+        for variant in self.variants or (PLAIN,):
+            texts = [*self.set, *([] if variant == PLAIN else variant.split("+"))]
+            self._check_options(texts)
+        index, total = self.part
+        if not 1 <= index <= total:
+            raise ValueError(f"shard expects i/n with 1 <= i <= n, got {self.shard}")
+
+    def _check_options(self, texts: Sequence[str]) -> None:
+        for text in texts:
             name, _, value = text.partition("=")
             if not (name and value) or name.startswith("-") or " " in text:
                 raise ValueError(f"set expects NAME=VALUE, got {text!r}")
             if name.replace("-", "_") in OWN:
                 raise ValueError(f"set cannot change {name}, a sweep has it of its own")
-        index, total = self.part
-        if not 1 <= index <= total:
-            raise ValueError(f"shard expects i/n with 1 <= i <= n, got {self.shard}")
+        names = [name for name, _ in pairs(texts)]
+        if len(set(names)) != len(names) or (self.scales and "scale" in names):
+            raise ValueError(f"set names an option twice: {' '.join(texts)}")
 
     @property
     def further(self) -> list[tuple[str, str]]:
         """Name and value of every option that `set` adds."""
-        pairs = [text.partition("=") for text in self.set]
-        return [(name.replace("-", "_"), _value(value)) for name, _, value in pairs]
+        return pairs(self.set)
 
     @property
     def part(self) -> tuple[int, int]:
@@ -118,6 +136,33 @@ TABLES: dict[str, Sweep] = {
     ),
     "locomotion": Sweep(D4RL),
     "antmaze": Sweep(ANTMAZE),
+    "bst-factors": Sweep(
+        (EMBEDDED, "mujoco/hopper/medium-v0", "mujoco/halfcheetah/medium-v0"),
+        methods=("TD3-BST",),
+        num_seeds=3,
+        num_updates=50_000,
+        variants=(
+            PLAIN,
+            "actor_grad_clip=0",
+            "morse_net.negatives=uniform",
+            "floor=0",
+            "floor=1",
+            "floor=2",
+            "actor_grad_clip=0+floor=0+morse_net.negatives=uniform",
+            "mu=0.05",
+            "mu=0.3",
+            "mu=1",
+            "supervisor_gradient=False",
+            "morse_net.num_negatives=4",
+            "morse_net.kernel=rq",
+            "critic_layer_norm=True",
+            "critic_layer_norm=False",
+            "hidden_dims=256,256,256",
+            "batch_size=512",
+            "policy_noise=0.1",
+            "discount=0.995",
+        ),
+    ),
     "ablation-scale": Sweep(
         (EMBEDDED, "mujoco/hopper/medium-v0"),
         methods=("TD3-BST",),
@@ -127,6 +172,7 @@ TABLES: dict[str, Sweep] = {
     ),
 }
 ABOUT = {
+    "bst-factors": "TD3-BST with one option changed at a time.",
     "quick": "All methods on the embedded maze, 6,000 updates: minutes on a CPU.",
     "locomotion": "All methods on D4RL's halfcheetah, hopper and walker2d -v2 sets.",
     "antmaze": "All methods on Minari's AntMaze sets.",
@@ -180,7 +226,7 @@ class Job:
 
 
 def jobs(sweep: Sweep, action_dim: Mapping[str, int]) -> list[Job]:
-    """All jobs of a table, one per dataset and method, before any shard or skip.
+    """All jobs of a table, one per dataset, method and variant, before shard or skip.
 
     Args:
         action_dim: dim(A) of each dataset; read only where scales vary.
@@ -189,14 +235,15 @@ def jobs(sweep: Sweep, action_dim: Mapping[str, int]) -> list[Job]:
     for dataset in sweep.datasets:
         for method in sweep.methods:
             algorithm, own = METHODS[method]
-            options = {**dict(sweep.further), **own}
-            options["num_updates"] = str(sweep.num_updates)
+            shared = {**dict(sweep.further), **own}
+            shared["num_updates"] = str(sweep.num_updates)
             if sweep.eval_every:
-                options["eval_every"] = str(sweep.eval_every)
+                shared["eval_every"] = str(sweep.eval_every)
             scales = tuple(f"{x * action_dim[dataset]:.9g}" for x in sweep.scales)
             seeds = tuple(range(sweep.seed, sweep.seed + sweep.num_seeds))
-            pairs = tuple(sorted(options.items()))
-            made.append(Job(method, algorithm, dataset, pairs, seeds, scales))
+            for variant in sweep.variants or (PLAIN,):
+                options = tuple(sorted((shared | variant_options(variant)).items()))
+                made.append(Job(method, algorithm, dataset, options, seeds, scales))
     return made
 
 

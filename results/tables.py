@@ -37,6 +37,7 @@ PLAIN = {  # options that leave a method what it is; also alpha = 0, see `is_pla
     "best_fraction",
 }
 BEFORE = {"actor_grad_clip", "floor", "morse_net.negatives"}  # of the sweep over lam
+NAMES = {"score": "score", "length": "steps to the goal", "success": "success rate"}
 RESAMPLES = 5_000
 NOT_YET = "No such runs yet."
 
@@ -148,6 +149,24 @@ def by_scale(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
                 by_lam.setdefault(float(run.options["scale"]), []).append(run)
         groups[dataset] = {lam: one_per_seed(by_lam[lam]) for lam in sorted(by_lam)}
     return groups
+
+
+def by_variant(runs: Sequence[Run], step: int) -> dict[str, dict[str, list[Run]]]:
+    """By dataset and what is changed, TD3-BST's runs of `step` updates; plain first."""
+    groups: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        if run.method != "TD3-BST" or run.step != step or not is_finished(run):
+            continue
+        changed = sorted(run.options.keys() - PLAIN)
+        label = "+".join(f"{name}={run.options[name]}" for name in changed)
+        own = groups.setdefault(run.dataset, {sweeps.PLAIN: []})
+        own.setdefault(label or sweeps.PLAIN, []).append(run)
+    return {
+        dataset: {
+            label: one_per_seed(own) for label, own in groups[dataset].items() if own
+        }
+        for dataset in sorted(groups)
+    }
 
 
 def lam_label(lam: float, dataset: str) -> str:
@@ -380,6 +399,26 @@ def ablation_table(rows: Sequence[Row]) -> str:
     return _markdown(head, lines) if lines else NOT_YET
 
 
+def factor_table(rows: Sequence[Row], step: int) -> str:
+    """TD3-BST with options changed, a line per change, a column per dataset."""
+    found = by_variant(runs_of(rows), step)
+    labels = dict.fromkeys(label for own in found.values() for label in own)
+    lines = [
+        [
+            f"`{label}`",
+            *(spread(found[d].get(label, []), figure_column(d)) for d in found),
+        ]
+        for label in labels
+    ]
+    head = ["changed", *(f"{d}, {NAMES[figure_column(d)]}" for d in found)]
+    return _markdown(head, lines) if lines else NOT_YET
+
+
+def figure_column(dataset: str) -> str:
+    """What tells runs apart: steps in the embedded maze, whose score is 100 soon."""
+    return "length" if dataset == EMBEDDED else "score"
+
+
 # ---------------------------------------------------------- beside published numbers
 
 
@@ -475,15 +514,16 @@ def rate_table(rates: Sequence[sweeps.Rate]) -> str:
 
 
 def report(rows: Sequence[Row], name: str) -> str:
-    """A sweep's report: quick, locomotion, antmaze or ablation-scale."""
+    """A sweep's report, by the name of its table."""
     runs = runs_of(rows)
     step = largest_step(runs)
     if name == "ablation-scale":
         return ablation_table(rows)
+    if name == "bst-factors":
+        step = max((run.step for run in runs), default=0)
+        return f"After {step:,} updates:\n\n{factor_table(rows, step)}"
     if name not in ("quick", "locomotion", "antmaze"):
-        raise ValueError(
-            f"expected quick, locomotion, antmaze or ablation-scale, got {name}"
-        )
+        raise ValueError(f"expected one of {', '.join(sweeps.TABLES)}, got {name}")
     about = f"After {step:,} updates: last evaluation, mean ± sample sd over seeds."
     if name == "quick" and {run.dataset for run in runs} == {EMBEDDED}:
         return f"{about}\n\n{quick_table(rows, step)}"

@@ -23,6 +23,7 @@ from results.sweeps import Job, Sweep
 
 ROOT = Path(__file__).parent.parent
 QUICK = sweeps.TABLES["quick"]
+BST: tuple = ("TD3-BST",)
 SCALES = Sweep(("a",), ("TD3-BST",), num_seeds=3, num_updates=50, scales=(0.1, 2.0))
 
 
@@ -70,6 +71,30 @@ def test_further_options_are_part_of_the_cell():
     cloning, bst = (dict(job.options) for job in sweeps.jobs(sweep, {}))
     assert cloning["num_morse_updates"] == "0"  # a method's own option stays
     assert bst["num_morse_updates"] == "7"
+
+
+def test_a_variant_is_a_job_of_its_own():
+    changes: dict = dict(variants=("plain", "mu=0.30+floor=1"), set=("discount=0.9",))
+    made = sweeps.jobs(replace(QUICK, methods=BST, num_seeds=1, **changes), {})
+    texts = [text for job in made for text, _ in job.cells()]
+    shared = "discount=0.9 eval_every=2000"
+    assert texts == [
+        f"{shared} num_updates=6000",
+        f"{shared} floor=1 mu=0.3 num_updates=6000",
+    ]
+    assert len({job.name("code") for job in made}) == 2
+
+
+def test_every_variant_of_the_factor_study_is_an_option_of_the_script():
+    sweep = sweeps.TABLES["bst-factors"]
+    module = importlib.import_module("td3_bst")
+    changed = []
+    for variant in sweep.variants:
+        given = sweeps.variant_options(variant)
+        _, config = parse("td3_bst", module.Config(), "", store.arguments(given))
+        changed.append(config)
+    assert changed[0] == module.Config()
+    assert len(set(map(repr, changed))) == len(changed)
 
 
 def test_shards_share_every_job_once_and_cost_the_same():
@@ -121,7 +146,13 @@ def test_rows_hold_a_cell_by_all_of_its_key():
         (dict(seed=-1), "seed must not be negative"),
         (dict(datasets=()), "at least one dataset"),
         (dict(datasets=("a", "a")), "names one twice"),
-        (dict(scales=(0.5,)), "scales vary TD3-BST's lam"),
+        (dict(scales=(0.5,)), "scales are of TD3-BST"),
+        (dict(variants=("mu=1",)), "variants are of TD3-BST"),
+        (dict(variants=("mu=1", "mu=1"), methods=BST), "variants names one twice"),
+        (dict(variants=("mu",), methods=BST), "expects NAME=VALUE, got 'mu'"),
+        (dict(variants=("mu=1+mu=2",), methods=BST), "set names an option twice"),
+        (dict(variants=("mu=1",), set=("mu=2",), methods=BST), "names an option twice"),
+        (dict(variants=("alpha=1",), methods=BST), "set cannot change alpha"),
         (dict(set=("mu",)), "expects NAME=VALUE"),
         (dict(set=("num-updates=3",)), "set cannot change num-updates"),
         (dict(set=("mu=.1", "mu=.2")), "set names an option twice"),

@@ -259,6 +259,25 @@ def test_ablation_table():
     ]
 
 
+def test_factor_table():
+    rows = [data(HOPPER, 41.0)]
+    for seed in (0, 2):
+        rows += [row("TD3-BST", HOPPER, seed, 50.0 + seed, 50_000, eval_every=5000)]
+        rows += [row("TD3-BST", HOPPER, seed, 30.0 + seed, 50_000, mu=1, floor=0)]
+        rows += [row("TD3-BST", tables.EMBEDDED, seed, 100.0, 50_000, length=90 + seed)]
+    rows += [row("TD3-BST", HOPPER, 5, 9.0, 20_000, mu=1, floor=0)]  # another length
+    rows += [row("TD3-BST", HOPPER, 6, 9.0, 50_000, num_updates=90_000)]  # unfinished
+    rows += [row("TD3+BC", HOPPER, 0, 9.0, 50_000)]
+    lines = tables.factor_table(rows, 50_000).splitlines()
+    maze = f"{tables.EMBEDDED}, steps to the goal"
+    assert lines[0] == f"| changed | {HOPPER}, score | {maze} |"
+    assert lines[2:] == [
+        "| `plain` | 51.0 ± 1.4 (n = 2) | 91.0 ± 1.4 (n = 2) |",
+        "| `floor=0+mu=1` | 31.0 ± 1.4 (n = 2) | - |",
+    ]
+    assert tables.factor_table(rows, 7) == tables.NOT_YET
+
+
 @pytest.mark.parametrize(
     ("lam", "dataset", "label"),
     [
@@ -431,7 +450,7 @@ def figure_rows() -> list[store.Row]:
 
 def test_figures_are_the_same_bytes_for_the_same_rows(tmp_path: Path):
     rows = figure_rows()
-    for draw in (figures.learning_curves, figures.ablation):
+    for draw in (figures.learning_curves, figures.ablation, figures.factors):
         one, two = tmp_path / "one.png", tmp_path / "two.png"
         draw(one, rows)
         draw(two, rows)
