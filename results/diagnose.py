@@ -130,9 +130,17 @@ def load(folder: Path) -> tuple[list[Lane], Dataset, rollout.NumpyPolicy]:
     for i, run in enumerate(options.lanes):
         label = "-".join(f"{name}{value:.9g}" for name, value in run.items())
         scale = run.get("scale", getattr(config, "scale", dataset.action_dim / 2))
-        name = f"scale{float(scale):.9g}-seed{run['seed']}.safetensors"
-        params, _ = checkpoint.load_tree(folder / "morse" / name, one)
-        mu = run.get("mu", getattr(config, "mu", None))
+        path = (
+            folder / "morse" / f"scale{float(scale):.9g}-seed{run['seed']}.safetensors"
+        )
+        if not path.is_file():
+            raise UserError(
+                f"{folder} has no Morse network of {label}; train with "
+                "--num-morse-updates above 0"
+            )
+        params, _ = checkpoint.load_tree(path, one)
+        has_weight = getattr(config, "policy_step", "bst") == "bst"
+        mu = run.get("mu", getattr(config, "mu", None)) if has_weight else None
         actor = jax.tree.map(lambda x, i=i: x[i], agent.actor)
         critics = jax.tree.map(lambda x, i=i: x[i], agent.critics)
         lanes.append(Lane(label, module, config, actor, critics, params, scale, mu))
@@ -150,17 +158,17 @@ def _fresh(
 
 
 def nearest_action(
-    action: np.ndarray, at: np.ndarray, known: Mapping[str, Any], skip: bool
+    action: np.ndarray, at: np.ndarray, known: Mapping[str, Any]
 ) -> np.ndarray:
     """Squared distance (B,) to the nearest of the actions that data has nearby.
 
     Args:
-        action: (B, A). at: (B, S) states as the networks see them.
+        action: (B, A). at: (B, S) states of the data, as the networks see them; what
+            was done there itself does not count.
         known: `tree` over the data's states and their `action`s.
-        skip: the states are the data's own, whose own action does not count.
     """
-    _, index = known["tree"].query(at, k=NEIGHBOURS + 1)
-    index = index[:, 1:] if skip else index[:, :-1]
+    many = min(NEIGHBOURS + 1, len(known["action"]))
+    index = known["tree"].query(at, k=many)[1][:, 1:]
     return np.square(known["action"][index] - action[:, None]).sum(-1).min(-1)
 
 
@@ -208,8 +216,8 @@ def on_data(
         "random": profile(lane, obs, action, random),
         "q": profile(lane, obs, action, unit(np.asarray(gradient))),
     }
-    own = nearest_action(action, obs, known, skip=True)
-    far = nearest_action(uniform[0], obs, known, skip=True) > np.quantile(own, 0.99)
+    own = nearest_action(action, obs, known)
+    far = nearest_action(uniform[0], obs, known) > np.quantile(own, 0.99)
     policy_m = np.asarray(lane.certainty(obs, chosen))
     scalars = {
         "certainty_data": float(lane.certainty(obs, action).mean()),
@@ -219,7 +227,7 @@ def on_data(
         "false_certain": float((sure[0] > 0.5)[far].mean()) if far.any() else 0.0,
         "omega": float(np.expm1((1 - policy_m) / lane.mu).mean()) if lane.mu else None,
         "distance": float(np.square(chosen - action).sum(-1).mean()),
-        "nearest_policy": float(nearest_action(chosen, obs, known, True).mean()),
+        "nearest_policy": float(nearest_action(chosen, obs, known).mean()),
         "nearest_data": float(own.mean()),
         "saturated_policy": float((np.abs(chosen) > 0.95).mean()),
         "saturated_data": float((np.abs(action) > 0.95).mean()),
