@@ -548,6 +548,7 @@ def pages(
             "standins": both,
             "ablation": ablation_table(rows),
         },
+        "results/bst_study.md": {"study": standin_table(rows)},
         "results/README.md": {
             "quick": quick_table(rows),
             "cost": cost_table(rates),

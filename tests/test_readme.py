@@ -82,6 +82,10 @@ def test_command_runs(line, arrays_file, pendulum, finished, tmp_path):
     if "--help" in args:
         subprocess.run([sys.executable, str(ROOT / script), *args], check=True)
         return
+    if script == "results/diagnose.py":
+        subprocess.run([sys.executable, str(ROOT / script), str(finished)], check=True)
+        assert (finished / "diagnosis.png").is_file()
+        return
     if script == "results/reproduce.py":
         for option in ("--datasets", "--num-seeds"):
             args = without(args, option)
@@ -148,5 +152,5 @@ def test_tables_are_those_of_the_results():
 def test_files_and_tests_that_the_readme_names_exist():
     for name in re.findall(r"`((?:tests|common|results)/[\w./]*)`", README):
         assert (ROOT / name).exists(), name
-    for name in re.findall(r"\]\((results/[\w./]+)\)", README):
+    for name in re.findall(r"\]\((results/[\w./-]+)\)", README):
         assert (ROOT / name).is_file(), name

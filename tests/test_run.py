@@ -521,7 +521,7 @@ def test_help_is_grouped_and_flags_are_bare():
         (["--num-seeds", "0"], "num_seeds must be at least 1, got 0"),
         (["--scale", "-1"], "scale must be above 0, got -1.0"),
         (["--sweep", "mu=.1,-3"], "mu must be at least 0.02, got -3.0"),
-        (["--sweep", "alpha=1"], "--sweep cannot vary 'alpha', only mu and scale"),
+        (["--sweep", "alpha=1"], "--sweep cannot vary 'alpha', only mu"),
         (["--sweep", "mu"], "sweep expects NAME=VALUE,VALUE,..., got 'mu'"),
         (["--sweep", "mu=.1,.2,.1"], "sweep names a value of mu twice"),
         (["--sweep", "mu=.1", "mu=.2"], "sweep names mu twice"),
