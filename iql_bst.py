@@ -63,7 +63,7 @@ class Config:
     critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor, critics and value
     actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
-    actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: awr's run
+    actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: the run
     actor_grad_clip: float = 1.0  # bst: longest gradient of the actor; 0: any
     critic_learning_rate: float = 3e-4  # Adam's step size
     value_learning_rate: float = 3e-4  # Adam's step size
@@ -146,7 +146,7 @@ def resolve(
     """
     awr = config.policy_step == "awr"
     defaults = DEFAULTS[domain] | {"scale": action_dim / 2}
-    defaults["actor_decay_updates"] = num_updates if awr else 0
+    defaults["actor_decay_updates"] = num_updates
     if domain == "locomotion":
         spread = float(np.ptp(episode_returns))
         known = spread > 1e-6 * np.abs(episode_returns).max()  # more than rounding
@@ -555,7 +555,6 @@ def train(
 def main(args: list[str] | None = None) -> None:
     """Loads, pretrains, trains, evaluates and writes; see `--help`."""
     from common import datasets, run, seeds
-    from common.errors import UserError
     from common.options import parse
     from common.options import resolve as resolve_options
 
@@ -566,12 +565,6 @@ def main(args: list[str] | None = None) -> None:
     options = resolve_options(options, dataset, policy_delay=1)
     total, returns = options.num_updates or 0, dataset.episode_returns
     config = resolve(config, dataset.domain, dataset.action_dim, returns, total)
-    if 0 < (config.actor_decay_updates or 0) < total:
-        raise UserError(
-            f"the actor's learning rate is 0 from update {config.actor_decay_updates} "
-            f"on, --num-updates is {total}: begin a new run with a longer "
-            "--actor-decay-updates (0: none)"
-        )
     data, mean, std = prepare(
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config
     )

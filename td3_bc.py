@@ -48,7 +48,8 @@ class Config:
     normalize_obs: bool | None = None  # standardise observations; unset: by domain
     critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor and critics
-    actor_learning_rate: float = 3e-4  # Adam's step size
+    actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
+    actor_decay_updates: int = 0  # cosine to 0; 0: none, as the reference
     critic_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
     policy_noise: float = 0.2  # sigma of the target action's noise
@@ -70,8 +71,11 @@ class Config:
             raise ValueError(f"discount must lie in [0, 1], got {self.discount}")
         if self.polyak is not None and not 0 < self.polyak <= 1:
             raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}")
-        if not (self.policy_noise >= 0 and self.noise_clip >= 0):
-            raise ValueError("policy_noise and noise_clip must not be negative")
+        for name in ("actor_decay_updates", "policy_noise", "noise_clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"{name} must not be negative, got {getattr(self, name)}"
+                )
         if not self.hidden_dims or min(self.hidden_dims) < 1:
             raise ValueError(f"hidden_dims must be positive, got {self.hidden_dims}")
 
@@ -228,9 +232,12 @@ def actor_loss(
 def optimizers(
     config: Config,
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """Adam for the actor and for the critics."""
-    actor, critics = config.actor_learning_rate, config.critic_learning_rate
-    return optax.adam(actor), optax.adam(critics)
+    """Adam for the actor (its step a cosine to 0, if asked) and for the critics."""
+    rate: Any = config.actor_learning_rate
+    if config.actor_decay_updates:
+        num_steps = config.actor_decay_updates // config.policy_delay
+        rate = optax.cosine_decay_schedule(rate, max(num_steps, 1))
+    return optax.adam(rate), optax.adam(config.critic_learning_rate)
 
 
 def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> AgentState:
@@ -380,11 +387,13 @@ def main(args: list[str] | None = None) -> None:
     import morse  # a diagnostic here: how certain are the policy's actions?
     from common import datasets, run, seeds
     from common.options import parse
+    from common.options import resolve as resolve_options
 
     options, config = parse("td3_bc", Config(), __doc__ or "", args, TRACED)
     begin = time.perf_counter()
     seeds.use_cores(len(options.lanes))
     dataset = datasets.load(options.dataset, options.eval_map, options.best_fraction)
+    options = resolve_options(options, dataset, config.policy_delay)
     config = resolve(config, dataset.domain)
     data, mean, std = prepare(
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config

@@ -55,7 +55,8 @@ class Config:
     normalize_obs: bool | None = None  # standardise observations; unset: by domain
     critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor and critics
-    actor_learning_rate: float = 3e-4  # Adam's step size
+    actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
+    actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: the run
     actor_grad_clip: float = 1.0  # longest gradient of the actor; 0: any
     critic_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
@@ -82,7 +83,8 @@ class Config:
             raise ValueError(f"discount must lie in [0, 1], got {self.discount}")
         if self.polyak is not None and not 0 < self.polyak <= 1:
             raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}")
-        for name in ("floor", "actor_grad_clip", "policy_noise", "noise_clip"):
+        lengths = ("actor_grad_clip", "actor_decay_updates", "noise_clip")
+        for name in (*lengths, "floor", "policy_noise"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -112,9 +114,14 @@ DEFAULTS = {  # from short experiments, results/bst_study.md
 TRACED = ("mu", "floor", "scale")  # may differ between the lanes: --sweep
 
 
-def resolve(config: Config, domain: str, action_dim: int) -> Config:
-    """Returns `config` with every unset option at its domain's value."""
+def resolve(config: Config, domain: str, action_dim: int, num_updates: int) -> Config:
+    """Returns `config` with every unset option at its domain's value.
+
+    Args:
+        num_updates: of the whole run, over which the actor's learning rate decays.
+    """
     defaults = DEFAULTS[domain] | {"scale": action_dim / 2}
+    defaults["actor_decay_updates"] = num_updates
     unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     return dataclasses.replace(config, **unset)
 
@@ -272,9 +279,12 @@ def actor_loss(
 def optimizers(
     config: Config,
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """Adam for the actor and for the critics."""
-    actor, critics = config.actor_learning_rate, config.critic_learning_rate
-    return optax.adam(actor), optax.adam(critics)
+    """Adam for the actor (its step a cosine to 0, if asked) and for the critics."""
+    rate: Any = config.actor_learning_rate
+    if config.actor_decay_updates:
+        num_steps = config.actor_decay_updates // config.policy_delay
+        rate = optax.cosine_decay_schedule(rate, max(num_steps, 1))
+    return optax.adam(rate), optax.adam(config.critic_learning_rate)
 
 
 def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> AgentState:
@@ -425,12 +435,15 @@ def main(args: list[str] | None = None) -> None:
     """Loads, pretrains, trains, evaluates and writes; see `--help`."""
     from common import datasets, run, seeds
     from common.options import parse
+    from common.options import resolve as resolve_options
 
     options, config = parse("td3_bst", Config(), __doc__ or "", args, TRACED)
     begin = time.perf_counter()
     seeds.use_cores(len(options.lanes))
     dataset = datasets.load(options.dataset, options.eval_map, options.best_fraction)
-    config = resolve(config, dataset.domain, dataset.action_dim)
+    options = resolve_options(options, dataset, config.policy_delay)
+    total = options.num_updates or 0
+    config = resolve(config, dataset.domain, dataset.action_dim, total)
     data, mean, std = prepare(
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config
     )

@@ -29,7 +29,7 @@ import morse
 from common import checkpoint, plots, report, rollout, seeds
 from common.datasets import Dataset
 from common.errors import UserError
-from common.options import RunOptions, resolve, to_json
+from common.options import RunOptions, to_json
 
 CHUNK = 1000  # updates per compiled scan, at most
 
@@ -184,15 +184,24 @@ class Run:
         """Makes the folder, or opens the one to resume, and prints what will be run.
 
         Args:
+            options: resolved; `lanes` are the runs.
             obs_mean, obs_std: (S,); the networks see (obs - obs_mean) / obs_std.
 
         Raises:
-            UserError: the folder cannot be made, or belongs to another dataset.
+            UserError: the folder cannot be made, or belongs to another dataset; the
+                actor's learning rate would be 0 before the end.
         """
         self.algorithm, self.dataset, self.config = algorithm, dataset, config
         unit = getattr(config, "policy_delay", 1)
-        self.options = resolve(options, dataset, unit)
+        self.options = options
         self.num_updates = self.options.num_updates or 0
+        decay = getattr(config, "actor_decay_updates", 0)
+        if 0 < decay < self.num_updates:
+            raise UserError(
+                f"the actor's learning rate is 0 from update {decay} on, --num-updates "
+                f"is {self.num_updates}: begin a new run with a longer "
+                "--actor-decay-updates (0: none)"
+            )
         self.eval_every = self.options.eval_every or 1
         self.plan = (self.num_updates, self.eval_every, unit)  # for `chunks`
         self.obs_mean, self.obs_std = obs_mean, obs_std

@@ -112,3 +112,14 @@ def assert_changed(first: Any, second: Any) -> None:
     """Every leaf of the one differs from the other's."""
     for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         assert not np.array_equal(x, y)
+
+
+def adam_steps(adam: Any, num: int) -> np.ndarray:
+    """The first steps of one parameter whose gradient is always 1."""
+    grad = jnp.ones(())
+
+    def step(state: Any, _: Any) -> Any:
+        moved, state = adam.update(grad, state)
+        return state, moved
+
+    return np.asarray(jax.lax.scan(step, adam.init(grad), None, num)[1])

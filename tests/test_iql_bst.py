@@ -12,6 +12,7 @@ import pytest
 from helpers import (
     ACTION_DIM,
     OBS_DIM,
+    adam_steps,
     assert_changed,
     assert_same,
     bst_of,
@@ -187,7 +188,7 @@ def test_resolve_fills_what_is_unset(domain: str, step: Any):
     assert config.scale == 2.5  # dim(A) / 2
     assert None not in dataclasses.asdict(config).values()
     assert (config.batch_size, config.policy_step) == (7, step)
-    assert config.actor_decay_updates == (1000 if step == "awr" else 0)
+    assert config.actor_decay_updates == 1000
     for name, value in iql_bst.DEFAULTS[domain].items():
         if name not in ("reward_scale", "normalize_obs"):
             assert getattr(config, name) == value
@@ -248,16 +249,16 @@ def test_awr_has_the_published_settings(domain: str, published: dict[str, Any]):
 
 
 def test_bst_takes_observations_as_td3_bst_does():
-    # So that both can share a Morse network; the rest, save the decay, is IQL's.
+    # So that both can share a Morse network; the rest is IQL's.
     for domain in iql_bst.DEFAULTS:
         awr, bst = (
             iql_bst.resolve(Config(policy_step=step), domain, 3, RETURNS, 1000)
             for step in ("awr", "bst")
         )
-        other = td3_bst.resolve(td3_bst.Config(), domain, 3)
+        other = td3_bst.resolve(td3_bst.Config(), domain, 3, 1000)
         assert bst.normalize_obs == other.normalize_obs
         assert bst.mu == other.mu
-        moved: dict[str, Any] = dict(policy_step="awr", actor_decay_updates=1000)
+        moved: dict[str, Any] = dict(policy_step="awr")
         moved["normalize_obs"] = awr.normalize_obs
         assert dataclasses.replace(bst, **moved) == awr
 
@@ -563,17 +564,6 @@ def test_init_copies_into_the_targets_and_can_be_donated():
 
 
 # ============================================================================ Updates
-
-
-def adam_steps(adam: Any, num: int) -> np.ndarray:
-    """The first steps of one parameter whose gradient is always 1."""
-    grad = jnp.ones(())
-
-    def step(state: Any, _: Any) -> Any:
-        moved, state = adam.update(grad, state)
-        return state, moved
-
-    return np.asarray(jax.lax.scan(step, adam.init(grad), None, num)[1])
 
 
 def test_only_the_actors_step_decays():

@@ -253,6 +253,7 @@ def test_three_kills_then_resume_is_bit_identical(tmp_path, pendulum):
 
 def test_an_extended_run_equals_a_long_one(capsys, tmp_path, arrays_file):
     args = ("--dataset", arrays_file, "--eval-every", 10, "--run-dir", tmp_path)
+    args += ("--actor-decay-updates", 40)
     long = train(capsys, *args, "--num-updates", 40)
     short = train(capsys, *args, "--num-updates", 20)
     td3_bst.main(["--resume", str(short), "--num-updates", "40"])
@@ -262,16 +263,18 @@ def test_an_extended_run_equals_a_long_one(capsys, tmp_path, arrays_file):
     assert json.loads((short / "result.json").read_text())["step"] == 40
 
 
-def test_iql_refuses_to_train_past_the_end_of_its_decay(capsys, tmp_path, arrays_file):
-    args = ["--dataset", str(arrays_file), "--policy-step", "awr", "--eval-every", "10"]
-    args += ["--run-dir", str(tmp_path), *SMALL]
-    iql_bst.main([*args, "--num-updates", "20"])
+@pytest.mark.parametrize("script", [td3_bst, iql_bst], ids=["td3_bst", "iql_bst"])
+def test_no_run_trains_past_the_end_of_its_decay(script, capsys, tmp_path, arrays_file):
+    args = ["--dataset", str(arrays_file), "--eval-every", "10", *SMALL]
+    args += ["--run-dir", str(tmp_path), "--num-updates", "20"]
+    script.main(args)
     folder = Path(capsys.readouterr().out.splitlines()[-1])
     with pytest.raises(UserError, match="is 0 from update 20 on, --num-updates is 40"):
-        iql_bst.main(["--resume", str(folder), "--num-updates", "40"])
-    iql_bst.main([*args, "--num-updates", "20", "--actor-decay-updates", "40"])
+        script.main(["--resume", str(folder), "--num-updates", "40"])
+    assert [r["step"] for r in read_log(folder)] == ["10", "20"]  # and untouched
+    script.main([*args, "--actor-decay-updates", "0"])
     longer = Path(capsys.readouterr().out.splitlines()[-1])
-    iql_bst.main(["--resume", str(longer), "--num-updates", "40"])
+    script.main(["--resume", str(longer), "--num-updates", "40"])
     assert [r["step"] for r in read_log(longer)] == ["10", "20", "30", "40"]
 
 

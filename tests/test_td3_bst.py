@@ -14,6 +14,7 @@ from helpers import (
     SMALL,
     actor_grad,
     actor_loss,
+    adam_steps,
     assert_changed,
     assert_same,
     bst_of,
@@ -44,6 +45,7 @@ from reference import (
 )
 
 import morse
+import td3_bc
 import td3_bst
 from td3_bst import AgentState, Config, Supervisor, Transition
 
@@ -119,6 +121,7 @@ KEY = jax.random.key(0)
         dict(noise_clip=-0.1),
         dict(floor=-0.1),
         dict(actor_grad_clip=-1.0),
+        dict(actor_decay_updates=-1),
         dict(hidden_dims=()),
         dict(hidden_dims=(256, 0)),
     ],
@@ -132,14 +135,15 @@ def test_config_refuses(bad: dict[str, Any]):
 
 def test_config_takes_the_edges():
     Config(mu=0.02, discount=1.0, polyak=1.0, policy_noise=0.0, noise_clip=0.0)
-    Config(floor=0.0, actor_grad_clip=0.0)
+    Config(floor=0.0, actor_grad_clip=0.0, actor_decay_updates=0)
     Config(mu=1e6, discount=0.0, batch_size=1, policy_delay=1, reward_shift=-1.0)
 
 
 @pytest.mark.parametrize("domain", td3_bst.DEFAULTS)
 def test_resolve_fills_what_is_unset(domain: str):
-    config = td3_bst.resolve(Config(batch_size=7), domain, action_dim=5)
+    config = td3_bst.resolve(Config(batch_size=7), domain, 5, num_updates=1000)
     assert config.scale == 2.5  # dim(A) / 2
+    assert config.actor_decay_updates == 1000
     for name, value in td3_bst.DEFAULTS[domain].items():
         assert getattr(config, name) == value
     assert None not in dataclasses.asdict(config).values()
@@ -159,8 +163,9 @@ def test_resolve_keeps_what_is_set(domain: str):
         polyak=0.5,
         normalize_obs=False,
         critic_layer_norm=False,
+        actor_decay_updates=0,
     )
-    assert td3_bst.resolve(config, domain, action_dim=5) == config
+    assert td3_bst.resolve(config, domain, 5, num_updates=1000) == config
 
 
 # ======================================================================== Supervisor
@@ -503,6 +508,22 @@ def test_critic_step_against_numpy(one_step):
     assert_same(stepped.critics, expected, tolerance=1e-5)
     q_data = numpy_q(reference.critics, rows.obs, rows.action)[0].mean()
     assert float(metrics["q_data"]) == pytest.approx(q_data, rel=1e-4)
+
+
+@pytest.mark.parametrize("script", [td3_bst, td3_bc])
+def test_only_the_actors_step_decays(script: Any):
+    # A constant gradient's Adam step is the rate itself. One actor step in two
+    # updates, so the cosine over 8 updates ends after 4 steps:
+    # .1 (1 + cos(pi t / 4)) / 2 = .1, .0853553, .05, .0146447, 0, and 0 after.
+    config = script.Config(
+        actor_learning_rate=0.1, critic_learning_rate=0.2, actor_decay_updates=8
+    )
+    still = dataclasses.replace(config, actor_decay_updates=0)
+    rates = [0.1, 0.0853553, 0.05, 0.0146447, 0, 0]
+    (actor, critics), (constant, _) = map(script.optimizers, (config, still))
+    assert adam_steps(actor, 6) == pytest.approx([-x for x in rates], abs=1e-5)
+    assert adam_steps(critics, 6) == pytest.approx([-0.2] * 6, rel=1e-4)
+    assert adam_steps(constant, 6) == pytest.approx([-0.1] * 6, rel=1e-4)
 
 
 @pytest.mark.parametrize(("through", "clip"), [(True, 0.0), (False, 0.0), (True, 0.3)])
