@@ -55,6 +55,8 @@ class Config:
     floor: float | None = None  # bst: omega where M is 1; unset: by domain
     scale: float | None = None  # bst: lam, the Morse kernel's scale; unset: dim(A) / 2
     supervisor_gradient: bool = True  # bst: differentiate through omega as well
+    q_weight: float = 1.0  # bst: of Q / Z_Q; dim(A): the distance as a mean
+    actor_critics: int = 1  # bst: 1: Q_1 for the actor; 2: the smaller Q of both
     discount: float | None = None  # gamma, per step; unset: by domain
     reward_scale: float | None = None  # times the reward; unset: by domain and returns
     reward_shift: float | None = None  # added after scaling; unset: by domain
@@ -92,10 +94,13 @@ class Config:
                 f"mu must be at least 0.02, got {self.mu}: the weight exp(C / mu) - 1 "
                 "and its gradient would overflow float32"
             )
-        for name in ("beta", "floor", "actor_grad_clip", "actor_decay_updates"):
+        lengths = ("actor_grad_clip", "actor_decay_updates")
+        for name in (*lengths, "beta", "floor", "q_weight"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
+        if self.actor_critics not in (1, 2):
+            raise ValueError(f"actor_critics must be 1 or 2, got {self.actor_critics}")
         if not self.hidden_dims or min(self.hidden_dims) < 1:
             raise ValueError(f"hidden_dims must be positive, got {self.hidden_dims}")
 
@@ -346,15 +351,15 @@ def awr_loss(
 def actor_loss(
     actor: Params, critics: Params, bst: Supervisor, batch: Transition, config: Config
 ) -> tuple[jax.Array, Metrics]:
-    """L_pi: Q_1 / Z_Q against omega times the squared distance to the data's action."""
+    """L_pi: Q / Z_Q against omega times the squared distance to the data's action."""
     action = policy(actor, batch.obs, config)
     chex.assert_equal_shape([action, batch.action])
-    q = q_values(critics, batch.obs, action, config)[0]
+    q = q_values(critics, batch.obs, action, config)[: config.actor_critics].min(axis=0)
     z_q = jax.lax.stop_gradient(jnp.abs(q).mean())
     judged = action if config.supervisor_gradient else jax.lax.stop_gradient(action)
     omega, uncertainty = supervisor(bst, batch.obs, judged, config)
     distance = jnp.square(action - batch.action).sum(axis=-1)  # (B,)
-    loss = (omega * distance).mean() - q.mean() / z_q
+    loss = (omega * distance).mean() - config.q_weight * q.mean() / z_q
     return loss, {
         "actor_loss": loss,
         "q": q.mean(),

@@ -122,6 +122,9 @@ KEY = jax.random.key(0)
         dict(floor=-0.1),
         dict(actor_grad_clip=-1.0),
         dict(actor_decay_updates=-1),
+        dict(q_weight=-0.1),
+        dict(actor_critics=0),
+        dict(actor_critics=3),
         dict(hidden_dims=()),
         dict(hidden_dims=(256, 0)),
     ],
@@ -438,6 +441,28 @@ def test_a_certain_action_is_pulled_by_the_floor_alone():
     grad, metrics = actor_grad(actor_net([0], [0.5]), critics, bst, batch, HAND)
     assert float(grad["params"]["Dense_1"]["bias"][0]) == pytest.approx(-1.2, abs=1e-5)
     assert float(metrics["actor_loss"]) == pytest.approx(-0.92, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "slope", "loss"),
+    [
+        # M = 1 and floor 0: L = -w Q / Z_Q, dL/db = -w (dQ/da) (.75) / Z_Q at a = .5.
+        (dict(), 2.0, -1.0),  # Q_1 = 2 a, Z_Q = 1
+        (dict(q_weight=3.0), 6.0, -3.0),
+        (dict(actor_critics=2), -2.0, -1.0),  # Q_2 = 1 - a is the smaller, Z_Q = .5
+        (dict(q_weight=0.0), 0.0, 0.0),
+    ],
+    ids=str,
+)
+def test_what_of_q_the_actor_climbs(change: Any, slope: float, loss: float):
+    critics = twins(critic_net(0, [2], 0), critic_net(0, [-1], 1))
+    bst = bst_of(net(([[0], [1]], [0])))
+    config = dataclasses.replace(HAND, **change)
+    batch = transitions(2, action=0.1)
+    grad, metrics = actor_grad(actor_net([0], [0.5]), critics, bst, batch, config)
+    bias = float(grad["params"]["Dense_1"]["bias"][0])
+    assert bias == pytest.approx(-0.75 * slope, abs=1e-5)
+    assert float(metrics["actor_loss"]) == pytest.approx(loss, abs=1e-6)
 
 
 def test_supervisor_gradient_by_hand():
