@@ -50,7 +50,8 @@ def arrays_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def finished(arrays_file, tmp_path_factory) -> Path:
     """A run to resume, or to take Morse networks from."""
-    args = f"--dataset {arrays_file} {TINY['td3_bst.py']} --run-dir"
+    counts = TINY["td3_bst.py"] + " --actor-decay-updates 8"  # to be extended
+    args = f"--dataset {arrays_file} {counts} --run-dir"
     return run("td3_bst.py", shlex.split(args), tmp_path_factory.mktemp("runs"))
 
 
