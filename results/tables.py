@@ -36,7 +36,12 @@ PLAIN = {  # options that leave a method what it is; also alpha = 0, see `is_pla
     "policy_step",
     "best_fraction",
 }
-BEFORE = {"actor_grad_clip", "floor", "morse_net.negatives"}  # of the sweep over lam
+BEFORE = {  # of the sweep over lam
+    "actor_decay_updates",
+    "actor_grad_clip",
+    "floor",
+    "morse_net.negatives",
+}
 NAMES = {"score": "score", "length": "steps to the goal", "success": "success rate"}
 RESAMPLES = 5_000
 NOT_YET = "No such runs yet."
