@@ -11,7 +11,7 @@ default) takes TD3-BST's policy step: it follows Q where a Morse network is cert
     awr      : L_pi = -mean[min(exp(beta u), 100) log pi(a|s)],
                pi(.|s) = N(tanh(m(s)), diag(sigma^2)), played at its mode
     bst      : L_pi = mean[omega(s) ||pi(s) - a||^2 - Q_1(s, pi(s)) / Z_Q],
-               omega(s) = exp((1 - M(s, pi(s))) / mu) - 1 + floor,
+               omega(s) = min(exp((1 - M(s, pi(s))) / mu) - 1, cap) + floor,
                Z_Q = mean |Q_1(s, pi(s))|
 
 Papers Kostrikov, Nair & Levine, ICLR 2022, arXiv 2110.06169 (IQL);
@@ -53,6 +53,7 @@ class Config:
     weight_clip: float = 100.0  # awr: largest weight
     mu: float | None = None  # bst: mu, temperature of omega; unset: by domain
     floor: float | None = None  # bst: omega where M is 1; unset: by domain
+    omega_cap: float = 10.0  # bst: largest omega, less the floor; 0: none
     scale: float | None = None  # bst: lam, the Morse kernel's scale; unset: dim(A) / 2
     supervisor_gradient: bool = True  # bst: differentiate through omega as well
     q_weight: float = 1.0  # bst: of Q / Z_Q; dim(A): the distance as a mean
@@ -66,7 +67,6 @@ class Config:
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor, critics and value
     actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
     actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: the run
-    actor_grad_clip: float = 1.0  # bst: longest gradient of the actor; 0: any
     critic_learning_rate: float = 3e-4  # Adam's step size
     value_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
@@ -94,8 +94,7 @@ class Config:
                 f"mu must be at least 0.02, got {self.mu}: the weight exp(C / mu) - 1 "
                 "and its gradient would overflow float32"
             )
-        lengths = ("actor_grad_clip", "actor_decay_updates")
-        for name in (*lengths, "beta", "floor", "q_weight"):
+        for name in ("beta", "floor", "omega_cap", "q_weight", "actor_decay_updates"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -273,11 +272,14 @@ def state_values(value: Params, obs: jax.Array, config: Config) -> jax.Array:
 def supervisor(
     bst: Supervisor, obs: jax.Array, action: jax.Array, config: Config
 ) -> tuple[jax.Array, jax.Array]:
-    """The weight omega (B,), floor to floor + e^(1/mu) - 1, and C (B,)."""
+    """The weight omega (B,), floor to floor + min(cap, e^(1/mu) - 1), and C (B,)."""
     uncertainty = morse.uncertainty(
         bst.params, obs, action, bst.scale, config.morse_net
     )
-    return bst.floor + jnp.expm1(uncertainty / bst.mu), uncertainty
+    exponent = uncertainty / bst.mu
+    if config.omega_cap:  # or a batch's few uncertain states outweigh all the others
+        exponent = jnp.minimum(exponent, np.log1p(config.omega_cap))
+    return bst.floor + jnp.expm1(exponent), uncertainty
 
 
 def expectile_loss(difference: jax.Array, expectile: jax.Array) -> jax.Array:
@@ -464,8 +466,6 @@ def update_actor(
             agent.actor, agent.critics, bst, batch, config
         )
     metrics["actor_grad_norm"] = optax.tree.norm(grad)
-    if config.policy_step == "bst" and config.actor_grad_clip:
-        grad = optax.projections.projection_l2_ball(grad, config.actor_grad_clip)
     adam, _, _ = optimizers(config)
     step, actor_opt = adam.update(grad, agent.actor_opt)
     actor = optax.apply_updates(agent.actor, step)
@@ -572,7 +572,7 @@ def main(args: list[str] | None = None) -> None:
     data, mean, std = prepare(
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config
     )
-    if min(options.swept.get("mu", (config.mu or 1,))) < 0.025:
+    if min(options.swept.get("mu", (config.mu or 1,))) < 0.025 and not config.omega_cap:
         print(
             "warning: with mu below 0.025 the actor's first gradients overflow float32"
         )

@@ -52,7 +52,8 @@ class Config:
     kernel: Literal["rbf", "rq"] = "rbf"  # Gaussian, or the heavier rational quadratic
     kappa: float = 1.0  # shape of the rational quadratic; rbf in the limit of large
     hidden_dims: tuple[int, ...] = (256, 256, 256)  # widths of f's hidden layers
-    learning_rate: float = 3e-4  # of Adam
+    learning_rate: float = 3e-4  # of Adam, the first one of a decay
+    decay_updates: int | None = None  # cosine to 0; 0: none; unset: over the fit
     batch_size: int = 256  # dataset rows per update
     num_negatives: int = 1  # K, per state; changes only the noise
     negatives: Literal["uniform", "perturbed"] = "perturbed"  # q, see above
@@ -66,6 +67,10 @@ class Config:
                 raise ValueError(
                     f"{name} must be finite and > 0, got {getattr(self, name)}"
                 )
+        if self.decay_updates is not None and self.decay_updates < 0:
+            raise ValueError(
+                f"decay_updates must not be negative, got {self.decay_updates}"
+            )
         if self.negatives not in ("uniform", "perturbed"):
             raise ValueError(
                 f"negatives must be 'uniform' or 'perturbed', got {self.negatives!r}"
@@ -167,6 +172,22 @@ def morse_loss(
     }
 
 
+def optimizer(config: Config) -> optax.GradientTransformation:
+    """Adam, its step a cosine to 0 if asked."""
+    if config.decay_updates:
+        return optax.adam(
+            optax.cosine_decay_schedule(config.learning_rate, config.decay_updates)
+        )
+    return optax.adam(optax.constant_schedule(config.learning_rate))
+
+
+def decay_over(num_updates: int, config: Config) -> Config:
+    """`config` with an unset decay ending after `num_updates`."""
+    if config.decay_updates is not None:
+        return config
+    return dataclasses.replace(config, decay_updates=num_updates)
+
+
 def init(
     key: Array, obs_dim: int, action_dim: int, config: Config = Config()
 ) -> MorseState:
@@ -174,7 +195,7 @@ def init(
     network = Perturbation(config.hidden_dims, action_dim)
     inputs = jnp.zeros((1, obs_dim)), jnp.zeros((1, action_dim))
     params: Any = network.init(key, *inputs)["params"]
-    return MorseState(params, optax.adam(config.learning_rate).init(params))
+    return MorseState(params, optimizer(config).init(params))
 
 
 def draw_negatives(key: Array, action: Array, config: Config) -> Array:
@@ -204,8 +225,7 @@ def update(
     grads, metrics = jax.grad(morse_loss, has_aux=True)(
         state.params, obs[rows], action[rows], negatives, scale, config
     )
-    optimiser = optax.adam(config.learning_rate)
-    steps, opt_state = optimiser.update(grads, state.opt_state)
+    steps, opt_state = optimizer(config).update(grads, state.opt_state)
     params: Any = optax.apply_updates(state.params, steps)
     return MorseState(params, opt_state), metrics
 
@@ -261,6 +281,7 @@ def fit(
     """
     obs, action = jnp.asarray(obs, jnp.float32), jnp.asarray(action, jnp.float32)
     check_input(obs, action, scale, num_updates)
+    config = decay_over(num_updates, config)
     key_init, key_train = jax.random.split(key)
     state = init(key_init, obs.shape[1], action.shape[1], config)
     losses = []

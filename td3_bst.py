@@ -5,7 +5,7 @@ towards the data: weak or none where the policy's own action is in distribution,
 where it is not. Q improves the policy inside the data's support and nowhere else.
 
     M(s, a)  = exp(-lam^2/2 ||f(s, a) - a||^2)            certainty in (0, 1], morse.py
-    omega(s) = exp((1 - M(s, pi(s))) / mu) - 1 + floor    floor (paper: 0) in the data
+    omega(s) = min(exp((1 - M(s, pi(s))) / mu) - 1, cap) + floor    paper: no cap, floor 0
     L_pi     = mean[omega(s) ||pi(s) - a||^2 - Q_1(s, pi(s)) / Z_Q]
                Z_Q = mean |Q_1(s, pi(s))|, a constant to the gradient
     y        = r + gamma (1 - terminal) min_i Q'_i(s', a'),
@@ -46,6 +46,7 @@ class Config:
 
     mu: float | None = None  # mu, temperature of the weight; unset: by domain
     floor: float | None = None  # omega where M is 1; unset: by domain
+    omega_cap: float = 10.0  # largest omega, less the floor; 0: none
     scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
     supervisor_gradient: bool = True  # differentiate through omega as well
     q_weight: float = 1.0  # of Q / Z_Q; dim(A): the distance as a mean
@@ -59,7 +60,6 @@ class Config:
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor and critics
     actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
     actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: the run
-    actor_grad_clip: float = 1.0  # longest gradient of the actor; 0: any
     critic_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
     policy_noise: float = 0.2  # sigma of the target action's noise
@@ -85,8 +85,8 @@ class Config:
             raise ValueError(f"discount must lie in [0, 1], got {self.discount}")
         if self.polyak is not None and not 0 < self.polyak <= 1:
             raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}")
-        lengths = ("actor_grad_clip", "actor_decay_updates", "noise_clip")
-        for name in (*lengths, "floor", "q_weight", "policy_noise"):
+        at_least_0 = ("floor", "omega_cap", "q_weight", "policy_noise", "noise_clip")
+        for name in (*at_least_0, "actor_decay_updates"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -226,11 +226,14 @@ def q_values(
 def supervisor(
     bst: Supervisor, obs: jax.Array, action: jax.Array, config: Config
 ) -> tuple[jax.Array, jax.Array]:
-    """The weight omega (B,), floor to floor + e^(1/mu) - 1, and C (B,)."""
+    """The weight omega (B,), floor to floor + min(cap, e^(1/mu) - 1), and C (B,)."""
     uncertainty = morse.uncertainty(
         bst.params, obs, action, bst.scale, config.morse_net
     )
-    return bst.floor + jnp.expm1(uncertainty / bst.mu), uncertainty
+    exponent = uncertainty / bst.mu
+    if config.omega_cap:  # or a batch's few uncertain states outweigh all the others
+        exponent = jnp.minimum(exponent, np.log1p(config.omega_cap))
+    return bst.floor + jnp.expm1(exponent), uncertainty
 
 
 def td_target(
@@ -339,8 +342,6 @@ def update_actor(
         agent.actor, agent.critics, bst, batch, config
     )
     metrics["actor_grad_norm"] = optax.tree.norm(grad)
-    if config.actor_grad_clip:  # or the first ones, of e^(1/mu) / mu, stay in Adam
-        grad = optax.projections.projection_l2_ball(grad, config.actor_grad_clip)
     adam, _ = optimizers(config)
     step, actor_opt = adam.update(grad, agent.actor_opt)
     actor = optax.apply_updates(agent.actor, step)
@@ -451,7 +452,7 @@ def main(args: list[str] | None = None) -> None:
     data, mean, std = prepare(
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config
     )
-    if min(options.swept.get("mu", (config.mu or 1,))) < 0.025:
+    if min(options.swept.get("mu", (config.mu or 1,))) < 0.025 and not config.omega_cap:
         print(
             "warning: with mu below 0.025 the actor's first gradients overflow float32"
         )

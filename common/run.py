@@ -673,12 +673,13 @@ def _fitted(
     job: Run, state: Any, obs: Any, action: Any, lam: jax.Array, config: Any
 ) -> tuple[Any, list[float]]:
     """The parameters after the run's Morse updates, and each seed's last loss."""
+    keys, total = job.keys(1), job.options.num_morse_updates or 0
+    config = morse.decay_over(total, config)
 
     def train(state, obs, action, key, start, lam, num_updates):
         return morse.train(state, obs, action, key, start, num_updates, lam, config)
 
     program = job.chunked(train, True, False, False, True, False, True)
-    keys, total = job.keys(1), job.options.num_morse_updates or 0
     losses = np.full(len(job.lanes), np.nan)
     for start, length in job.chunks("Morse network", 0, total, total, 1):
         with job.timed("pretraining"):

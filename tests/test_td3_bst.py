@@ -120,7 +120,7 @@ KEY = jax.random.key(0)
         dict(policy_noise=-0.1),
         dict(noise_clip=-0.1),
         dict(floor=-0.1),
-        dict(actor_grad_clip=-1.0),
+        dict(omega_cap=-1.0),
         dict(actor_decay_updates=-1),
         dict(q_weight=-0.1),
         dict(actor_critics=0),
@@ -138,7 +138,7 @@ def test_config_refuses(bad: dict[str, Any]):
 
 def test_config_takes_the_edges():
     Config(mu=0.02, discount=1.0, polyak=1.0, policy_noise=0.0, noise_clip=0.0)
-    Config(floor=0.0, actor_grad_clip=0.0, actor_decay_updates=0)
+    Config(floor=0.0, omega_cap=0.0, actor_decay_updates=0)
     Config(mu=1e6, discount=0.0, batch_size=1, policy_delay=1, reward_shift=-1.0)
 
 
