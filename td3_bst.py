@@ -5,7 +5,7 @@ towards the data: weak or none where the policy's own action is in distribution,
 where it is not. Q improves the policy inside the data's support and nowhere else.
 
     M(s, a)  = exp(-lam^2/2 ||f(s, a) - a||^2)            certainty in (0, 1], morse.py
-    omega(s) = min(exp((1 - M(s, pi(s))) / mu) - 1, cap) + floor    paper: no cap, floor 0
+    omega(s) = min(exp((1 - M(s, pi(s))) / mu) - 1, cap) + floor    cap, floor: ours
     L_pi     = mean[omega(s) ||pi(s) - a||^2 - Q_1(s, pi(s)) / Z_Q]
                Z_Q = mean |Q_1(s, pi(s))|, a constant to the gradient
     y        = r + gamma (1 - terminal) min_i Q'_i(s', a'),

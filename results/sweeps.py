@@ -144,9 +144,12 @@ TABLES: dict[str, Sweep] = {
         variants=(
             PLAIN,
             "actor_decay_updates=0",
-            "actor_grad_clip=0",
+            "omega_cap=0",
+            "omega_cap=100",
+            "morse_net.decay_updates=0",
             "morse_net.negatives=uniform",
-            "actor_decay_updates=0+actor_grad_clip=0+morse_net.negatives=uniform",
+            "actor_decay_updates=0+omega_cap=0+morse_net.decay_updates=0"
+            "+morse_net.negatives=uniform",
             "floor=0.5",
             "mu=0.03",
             "mu=0.2",

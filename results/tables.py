@@ -38,9 +38,10 @@ PLAIN = {  # options that leave a method what it is; also alpha = 0, see `is_pla
 }
 BEFORE = {  # of the sweep over lam
     "actor_decay_updates",
-    "actor_grad_clip",
     "floor",
+    "morse_net.decay_updates",
     "morse_net.negatives",
+    "omega_cap",
 }
 NAMES = {"score": "score", "length": "steps to the goal", "success": "success rate"}
 RESAMPLES = 5_000

@@ -50,12 +50,19 @@ def numpy_critic_loss(critics: Any, batch: Any, target: np.ndarray) -> float:
 
 
 def numpy_actor_loss(
-    actor: Any, critics: Any, bst: Any, batch: Any, z_q: float, omega: Any = None
+    actor: Any,
+    critics: Any,
+    bst: Any,
+    batch: Any,
+    z_q: float,
+    omega: Any = None,
+    cap: float = math.inf,
 ) -> float:
     """The loss given Z_Q, and given omega where no gradient shall go through it."""
     action = numpy_policy(actor, batch.obs)
     if omega is None:
         omega = np.exp((1 - numpy_certainty(bst, batch.obs, action)) / bst.mu) - 1
+        omega = np.minimum(omega, cap)
     distance = ((action - batch.action) ** 2).sum(axis=1)
     q = numpy_q(critics, batch.obs, action)[0]
     return float(np.mean(omega * distance - q / z_q))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import adam_steps
 
 import morse
 from morse import Config
@@ -307,6 +308,31 @@ def test_seeds_together_agree_with_each_alone(dataset):
             together.params,
             alone.params,
         )
+
+
+def test_the_rate_decays():
+    # A constant gradient's Adam step is the rate itself; a cosine to 0 over 4 updates.
+    config = dataclasses.replace(SMALL, learning_rate=0.1, decay_updates=4)
+    rates = [0.1, 0.0853553, 0.05, 0.0146447, 0, 0]
+    steps = adam_steps(morse.optimizer(config), 6)
+    assert steps == pytest.approx([-x for x in rates], abs=1e-5)
+    for still in (0, None):
+        config = dataclasses.replace(config, decay_updates=still)
+        steps = adam_steps(morse.optimizer(config), 6)
+        assert steps == pytest.approx([-0.1] * 6, rel=1e-4)
+
+
+@pytest.mark.parametrize(("asked", "ends"), [(None, 40), (0, 0), (100, 100)])
+def test_a_fit_decays_over_its_own_length(dataset, asked: int | None, ends: int):
+    config = dataclasses.replace(SMALL, decay_updates=asked)
+    key_init, key = jax.random.split(jax.random.key(4))
+    given = dataclasses.replace(SMALL, decay_updates=ends)
+    state = morse.init(key_init, 3, 2, given)
+    expected, _ = morse.train(state, *dataset, key, 0, 40, 1.0, given)
+    params, _ = morse.fit(
+        jax.random.key(4), *dataset, scale=1.0, num_updates=40, config=config
+    )
+    jax.tree.map(np.testing.assert_array_equal, params, expected.params)
 
 
 def test_fit_learns_and_does_what_train_does(dataset, monkeypatch):

@@ -49,9 +49,7 @@ IQL = iql_bst.Config(
     actor_decay_updates=10,
     **OPTIONS,
 )
-IQL_BST = dataclasses.replace(
-    IQL, policy_step="bst", mu=0.5, actor_decay_updates=0, actor_grad_clip=0.0
-)
+IQL_BST = dataclasses.replace(IQL, policy_step="bst", mu=0.5, actor_decay_updates=0)
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ PROBE = Config(
     critic_layer_norm=False,
     hidden_dims=(32, 32),
     actor_learning_rate=1e-3,
+    actor_decay_updates=0,
     critic_learning_rate=3e-3,
     batch_size=64,
     polyak=0.1,
@@ -35,12 +36,12 @@ def keys() -> jax.Array:
     return jax.vmap(jax.random.key)(SEEDS)
 
 
-@partial(jax.jit, static_argnames=("num_updates", "clip"))
+@partial(jax.jit, static_argnames=("num_updates", "cap"))
 def train(
-    keys, data: Transition, morse_params: Params, scale, mu, num_updates=2000, clip=1.0
+    keys, data: Transition, morse_params: Params, scale, mu, num_updates=2000, cap=10.0
 ):
     """Trains fresh agents, one per key, of one program for all the probes."""
-    config = dataclasses.replace(PROBE, actor_grad_clip=clip)
+    config = dataclasses.replace(PROBE, omega_cap=cap)
 
     def one_seed(key, params):
         key_init, key_train = jax.random.split(key)
@@ -240,7 +241,7 @@ def test_certain_nowhere_is_td3_bc(keys: jax.Array):
     mu = 1.0
     config = dataclasses.replace(TD3_BC, alpha=float(1 / np.expm1(1 / mu)))
     args = (keys, data, nowhere_certain(keys), f32(1.0), f32(mu))
-    bst, metrics = train(*args, num_updates=200, clip=0.0)
+    bst, metrics = train(*args, num_updates=200, cap=0.0)
     bc, _ = train_td3_bc(keys, data, config, num_updates=200)
     assert metrics["certainty"] == pytest.approx(np.zeros(4), abs=1e-6)
     np.testing.assert_allclose(
@@ -253,7 +254,7 @@ def test_certain_everywhere_is_td3_with_any_amount_of_q(keys: jax.Array, unfitte
     # omega = 0 leaves -Q / Z_Q: TD3, and TD3+BC in the limit of a large alpha.
     data = random_bandit()
     args = (keys, data, unfitted, NO_PULL, MU)
-    bst, metrics = train(*args, num_updates=200, clip=0.0)
+    bst, metrics = train(*args, num_updates=200, cap=0.0)
     config = dataclasses.replace(TD3_BC, alpha=1e5)
     bc, _ = train_td3_bc(keys, data, config, num_updates=200)
     np.testing.assert_array_equal(metrics["omega"], np.zeros(4))

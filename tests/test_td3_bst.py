@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import (
     ACTION_DIM,
@@ -465,6 +466,17 @@ def test_what_of_q_the_actor_climbs(change: Any, slope: float, loss: float):
     assert float(metrics["actor_loss"]) == pytest.approx(loss, abs=1e-6)
 
 
+def test_the_cap_of_omega_by_hand():
+    # M = e^-.5 = .606531 at a = 1 and e^-.125 = .882497 at a = .5 (f = 0, lam = 1):
+    # (1 - M) / .1 = 3.93469, omega = 50.1465, above the cap of 4; 1.17503, 2.23824.
+    bst = bst_of(net(([[0], [0]], [0])), mu=0.1, floor=0.5)
+    action = f32([[1.0], [0.5]])
+    for cap, expected in [(4.0, [4.5, 2.73824]), (0.0, [50.6465, 2.73824])]:
+        config = dataclasses.replace(HAND, omega_cap=cap)
+        omega, _ = td3_bst.supervisor(bst, f32([[0.0], [0.0]]), action, config)
+        assert np.asarray(omega) == pytest.approx(expected, rel=1e-4)
+
+
 def test_supervisor_gradient_by_hand():
     # One action, f = 0, lam = 1, mu = .5, a = .1, pi = tanh(b) = .5, d = .16:
     # M = exp(-.125) = .882497, C = .117503, exp(C / mu) = 1.264917, omega = .264917.
@@ -551,29 +563,33 @@ def test_only_the_actors_step_decays(script: Any):
     assert adam_steps(constant, 6) == pytest.approx([-0.1] * 6, rel=1e-4)
 
 
-@pytest.mark.parametrize(("through", "clip"), [(True, 0.0), (False, 0.0), (True, 0.3)])
-def test_actor_step_against_numpy(one_step, through: bool, clip: float):
+@pytest.mark.parametrize(("through", "cap"), [(True, 0.0), (False, 0.0), (True, 1.0)])
+def test_actor_step_against_numpy(one_step, through: bool, cap: float):
     agent, _, batch, (reference, supervisor, rows) = one_step
-    change: Any = dict(supervisor_gradient=through, actor_grad_clip=clip)
+    change: Any = dict(supervisor_gradient=through, omega_cap=cap)
     config = dataclasses.replace(LARGE_STEPS, **change)
     critics = reference.critics
     action = numpy_policy(reference.actor, rows.obs)
     z_q = np.abs(numpy_q(critics, rows.obs, action)[0]).mean()
     certainty = numpy_certainty(supervisor, rows.obs, action)
     omega = np.exp((1 - certainty) / supervisor.mu) - 1
-    fixed = None if through else omega
-    grad = finite_differences(
-        lambda actor: numpy_actor_loss(actor, critics, supervisor, rows, z_q, fixed),
-        reference.actor,
+    assert 0 < (omega > 1).sum() < len(omega)  # the cap of 1 holds some
+    omega = np.minimum(omega, cap or math.inf)
+    given = (
+        critics,
+        supervisor,
+        rows,
+        z_q,
+        None if through else omega,
+        cap or math.inf,
     )
-    length = norm(grad)
-    assert length > 0.3
-    kept = min(1.0, clip / length) if clip else 1.0
-    clipped = jax.tree.map(lambda g: kept * g, grad)
-    expected = numpy_adam(reference.actor, clipped, agent.actor_opt, rate=0.1)
+    grad = finite_differences(
+        lambda actor: numpy_actor_loss(actor, *given), reference.actor
+    )
+    expected = numpy_adam(reference.actor, grad, agent.actor_opt, rate=0.1)
 
     stepped, metrics = update_actor(agent, one_step[1], batch, config)
-    loss = numpy_actor_loss(reference.actor, critics, supervisor, rows, z_q)
+    loss = numpy_actor_loss(reference.actor, *given)
     assert float(metrics["actor_loss"]) == pytest.approx(loss, rel=1e-5)
     assert float(metrics["actor_grad_norm"]) == pytest.approx(norm(grad), rel=1e-4)
     assert float(metrics["certainty"]) == pytest.approx(certainty.mean(), rel=1e-5)
@@ -587,24 +603,25 @@ def test_actor_step_against_numpy(one_step, through: bool, clip: float):
         assert_same(getattr(stepped, f"target_{name}"), mixed, tolerance=1e-6)
 
 
-SQUARES = [(1.0, 1e-3), (0.5, 2.5e-4), (0.0, None)]
-
-
-@pytest.mark.parametrize(("clip", "square"), SQUARES)
-def test_a_policy_far_out_does_not_spoil_adam(clip: float, square: float | None):
-    # M = 0, mu = .05: the gradient is about e^20, 5e8, times the distance. Adam keeps
-    # its square, less a thousandth per step, so that for 40,000 steps no later gradient
-    # would move the policy much. Clipped to c, its mean square is c^2 / 1000.
-    config = dataclasses.replace(SMALL, actor_grad_clip=clip)
+@pytest.mark.parametrize(("cap", "omega"), [(10.0, 10.0), (2.5, 2.5), (0.0, None)])
+def test_a_policy_far_out_does_not_spoil_adam(cap: float, omega: float | None):
+    # M = 0, mu = .05: omega is e^20 - 1, 5e8. Adam keeps the gradient's square, less a
+    # thousandth per step, so that for 40,000 steps no later gradient would move the
+    # policy much. Capped, the pull is a constant one: omega d / d theta of distance.
+    config = dataclasses.replace(SMALL, omega_cap=cap)
     agent, bst = random_agent(2, config)
     far = bst._replace(params=net(([[0, 0]] * 5, [100, 100])), mu=f32(0.05))
-    stepped, metrics = update_actor(agent, far, random_data(3, 16), config)
-    assert float(metrics["actor_grad_norm"]) > 1e7
-    found = sum(float(x.sum()) for x in jax.tree.leaves(stepped.actor_opt[0].nu))
-    if clip:
-        assert found == pytest.approx(square, rel=1e-3)
-    else:
-        assert found > 1e11
+    batch = random_data(3, 16)
+    grad, metrics = actor_grad(agent.actor, agent.critics, far, batch, config)
+    if omega is None:
+        assert float(optax.tree.norm(grad)) > 1e7
+        return
+    assert float(metrics["omega"]) == pytest.approx(omega)
+    flat = dataclasses.replace(config, omega_cap=0.0, supervisor_gradient=False)
+    even = far._replace(params=net(([[0, 0]] * 3 + [[1, 0], [0, 1]], [0, 0])))
+    even = even._replace(floor=f32(omega))  # M = 1 everywhere
+    other, _ = actor_grad(agent.actor, agent.critics, even, batch, flat)
+    assert_same(grad, other, tolerance=1e-5)
 
 
 def test_what_the_supervisor_gradient_adds(one_step):
