@@ -21,6 +21,7 @@ SMALL = Config(
     polyak=0.005,
     normalize_obs=False,
     critic_layer_norm=False,
+    omega_cap=0.0,  # the paper's omega
     hidden_dims=(8, 8),
     batch_size=16,
     morse_net=morse.Config(hidden_dims=(8, 8)),
