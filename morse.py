@@ -173,12 +173,11 @@ def morse_loss(
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam, its step a cosine to 0 if asked."""
+    """Adam, its step a cosine to 0 if asked; the state's structure is the same."""
+    rate = optax.constant_schedule(config.learning_rate)
     if config.decay_updates:
-        return optax.adam(
-            optax.cosine_decay_schedule(config.learning_rate, config.decay_updates)
-        )
-    return optax.adam(optax.constant_schedule(config.learning_rate))
+        rate = optax.cosine_decay_schedule(config.learning_rate, config.decay_updates)
+    return optax.adam(rate)
 
 
 def decay_over(num_updates: int, config: Config) -> Config:

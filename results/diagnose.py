@@ -76,7 +76,7 @@ class Lane:
     critics: Any
     density: Any  # parameters of its Morse network
     scale: float  # lam
-    mu: float | None  # None: the algorithm has no such weight
+    bst: Any  # its Supervisor; None: the algorithm has no such weight
 
     def policy(self, obs: Any) -> jax.Array:
         """pi(s), (B, A) in [-1, 1]."""
@@ -90,6 +90,10 @@ class Lane:
         """M(s, a), (...)."""
         net = getattr(self.config, "morse_net", morse.Config())
         return morse.certainty(self.density, obs, action, self.scale, net)
+
+    def omega(self, obs: Any, action: Any) -> jax.Array:
+        """omega(s), (B,), at these actions."""
+        return self.module.supervisor(self.bst, obs, action, self.config)[0]
 
 
 # ============================================================================== Load
@@ -139,11 +143,13 @@ def load(folder: Path) -> tuple[list[Lane], Dataset, rollout.NumpyPolicy]:
                 "--num-morse-updates above 0"
             )
         params, _ = checkpoint.load_tree(path, one)
-        has_weight = getattr(config, "policy_step", "bst") == "bst"
-        mu = run.get("mu", getattr(config, "mu", None)) if has_weight else None
+        bst = None
+        if hasattr(config, "mu") and getattr(config, "policy_step", "bst") == "bst":
+            values = {x: run.get(x, getattr(config, x)) for x in ("mu", "floor")}
+            bst = module.Supervisor(params, scale=scale, **values)
         actor = jax.tree.map(lambda x, i=i: x[i], agent.actor)
         critics = jax.tree.map(lambda x, i=i: x[i], agent.critics)
-        lanes.append(Lane(label, module, config, actor, critics, params, scale, mu))
+        lanes.append(Lane(label, module, config, actor, critics, params, scale, bst))
     return lanes, dataset, policy
 
 
@@ -225,7 +231,7 @@ def on_data(
         "certainty_uniform": float(sure.mean()),
         "certainty_corners": float(corner.mean()),
         "false_certain": float((sure[0] > 0.5)[far].mean()) if far.any() else 0.0,
-        "omega": float(np.expm1((1 - policy_m) / lane.mu).mean()) if lane.mu else None,
+        "omega": float(lane.omega(obs, chosen).mean()) if lane.bst else None,
         "distance": float(np.square(chosen - action).sum(-1).mean()),
         "nearest_policy": float(nearest_action(chosen, obs, known).mean()),
         "nearest_data": float(own.mean()),

@@ -58,7 +58,7 @@ def test_nearest_action_of_the_states_nearby():
     [
         (td3_bst, ("--sweep", "mu=0.1,0.5")),
         (td3_bc, ()),
-        (iql_bst, ()),
+        (iql_bst, ("--floor", "0.7", "--omega-cap", "0.001")),
         (iql_bst, ("--policy-step", "awr")),
     ],
     ids=("bst", "bc", "iql-bst", "iql"),
@@ -80,6 +80,8 @@ def test_a_run_has_a_row_per_policy(script, more, capsys, tmp_path, pendulum):
         assert float(row["distance"]) > 0
         assert float(row["rollout_length"]) >= 1
         assert bool(row["omega"]) == (script is not td3_bc and "awr" not in more)
+        if "--floor" in more:  # the script's own omega, with its floor and its cap
+            assert float(row["omega"]) == pytest.approx(0.701, abs=1e-3)
     assert (folder / "diagnosis.png").stat().st_size > 10_000
 
 

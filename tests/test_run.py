@@ -263,19 +263,29 @@ def test_an_extended_run_equals_a_long_one(capsys, tmp_path, arrays_file):
     assert json.loads((short / "result.json").read_text())["step"] == 40
 
 
-@pytest.mark.parametrize("script", [td3_bst, iql_bst], ids=["td3_bst", "iql_bst"])
-def test_no_run_trains_past_the_end_of_its_decay(script, capsys, tmp_path, arrays_file):
-    args = ["--dataset", str(arrays_file), "--eval-every", "10", *SMALL]
+@pytest.mark.parametrize(
+    ("script", "extra", "longer"),
+    [
+        (td3_bst, [], "0"),
+        (iql_bst, [], "0"),
+        (iql_bst, ["--policy-step", "awr"], "40"),
+    ],
+    ids=["td3_bst", "bst", "awr"],
+)
+def test_no_run_trains_past_the_end_of_its_decay(
+    script, extra, longer, capsys, tmp_path, arrays_file
+):
+    args = ["--dataset", str(arrays_file), "--eval-every", "10", *SMALL, *extra]
     args += ["--run-dir", str(tmp_path), "--num-updates", "20"]
     script.main(args)
     folder = Path(capsys.readouterr().out.splitlines()[-1])
     with pytest.raises(UserError, match="is 0 from update 20 on, --num-updates is 40"):
         script.main(["--resume", str(folder), "--num-updates", "40"])
     assert [r["step"] for r in read_log(folder)] == ["10", "20"]  # and untouched
-    script.main([*args, "--actor-decay-updates", "0"])
-    longer = Path(capsys.readouterr().out.splitlines()[-1])
-    script.main(["--resume", str(longer), "--num-updates", "40"])
-    assert [r["step"] for r in read_log(longer)] == ["10", "20", "30", "40"]
+    script.main([*args, "--actor-decay-updates", longer])
+    folder = Path(capsys.readouterr().out.splitlines()[-1])
+    script.main(["--resume", str(folder), "--num-updates", "40"])
+    assert [r["step"] for r in read_log(folder)] == ["10", "20", "30", "40"]
 
 
 @pytest.mark.parametrize(
@@ -524,7 +534,10 @@ def test_help_is_grouped_and_flags_are_bare():
         (["--num-seeds", "0"], "num_seeds must be at least 1, got 0"),
         (["--scale", "-1"], "scale must be above 0, got -1.0"),
         (["--sweep", "mu=.1,-3"], "mu must be at least 0.02, got -3.0"),
-        (["--sweep", "alpha=1"], "--sweep cannot vary 'alpha', only mu"),
+        (
+            ["--sweep", "alpha=1"],
+            "--sweep cannot vary 'alpha', only mu and floor and scale",
+        ),
         (["--sweep", "mu"], "sweep expects NAME=VALUE,VALUE,..., got 'mu'"),
         (["--sweep", "mu=.1,.2,.1"], "sweep names a value of mu twice"),
         (["--sweep", "mu=.1", "mu=.2"], "sweep names mu twice"),
