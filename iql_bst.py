@@ -108,7 +108,7 @@ LOCOMOTION = {
     "expectile": 0.7,
     "beta": 3.0,
     "mu": 0.1,
-    "floor": 0.0,
+    "floor": 0.1,
     "discount": 0.99,
     "reward_scale": 1.0,
     "reward_shift": 0.0,
@@ -118,6 +118,7 @@ LOCOMOTION = {
 }
 POINTMAZE = {
     "mu": 0.3,
+    "floor": 0.0,
     "discount": 0.98,
     "reward_scale": 10.0,
     "normalize_obs": True,

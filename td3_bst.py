@@ -98,15 +98,15 @@ class Config:
 
 LOCOMOTION = {
     "mu": 0.1,
-    "floor": 0.0,
+    "floor": 0.1,
     "discount": 0.99,
     "reward_scale": 1.0,
     "reward_shift": 0.0,
-    "polyak": 0.005,
+    "polyak": 0.02,
     "normalize_obs": True,
     "critic_layer_norm": False,
 }
-POINTMAZE = {"mu": 0.3, "discount": 0.98, "reward_scale": 10.0}
+POINTMAZE = {"mu": 0.3, "floor": 0.0, "discount": 0.98, "reward_scale": 10.0}
 ANTMAZE = {"floor": 2.0, "reward_scale": 100.0}
 MAZE = {"polyak": 0.01, "critic_layer_norm": True}
 DEFAULTS = {  # from short experiments, results/bst_study.md

@@ -42,6 +42,7 @@ BEFORE = {  # of the sweep over lam
     "morse_net.decay_updates",
     "morse_net.negatives",
     "omega_cap",
+    "polyak",
 }
 NAMES = {"score": "score", "length": "steps to the goal", "success": "success rate"}
 RESAMPLES = 5_000

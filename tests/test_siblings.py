@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 # Same-named definitions that may differ from td3_bst.py's, and why.
 TD3_BC = {
     "Config": "alpha instead of mu, scale and the Morse network",
-    "LOCOMOTION": "mu and floor",
+    "LOCOMOTION": "mu and floor; the targets' step, TD3+BC's own",
     "POINTMAZE": "mu and floor",
     "ANTMAZE": "floor",
     "TRACED": "alpha",
