@@ -123,7 +123,7 @@ POINTMAZE = {
     "reward_scale": 10.0,
     "normalize_obs": True,
 }
-ANTMAZE = {"floor": 2.0, "reward_shift": -1.0}
+ANTMAZE = {"floor": 5.0, "reward_shift": -1.0}
 MAZE = {"expectile": 0.9, "beta": 10.0}
 DEFAULTS = {  # IQL's code; mu as in td3_bst.py, pointmaze: results/LOG.md
     "locomotion": LOCOMOTION,

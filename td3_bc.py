@@ -89,7 +89,7 @@ LOCOMOTION = {
     "critic_layer_norm": False,
 }
 POINTMAZE = {"discount": 0.98, "reward_scale": 10.0}
-ANTMAZE = {"reward_scale": 100.0}
+ANTMAZE = {"discount": 0.998, "reward_scale": 100.0}
 MAZE = {"polyak": 0.01, "critic_layer_norm": True}
 DEFAULTS = {  # from short experiments, results/bst_study.md
     "locomotion": LOCOMOTION,

@@ -107,7 +107,7 @@ LOCOMOTION = {
     "critic_layer_norm": False,
 }
 POINTMAZE = {"mu": 0.3, "floor": 0.0, "discount": 0.98, "reward_scale": 10.0}
-ANTMAZE = {"floor": 2.0, "reward_scale": 100.0}
+ANTMAZE = {"floor": 5.0, "discount": 0.998, "reward_scale": 100.0}
 MAZE = {"polyak": 0.01, "critic_layer_norm": True}
 DEFAULTS = {  # from short experiments, results/bst_study.md
     "locomotion": LOCOMOTION,
