@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -15,6 +14,7 @@ from typing import IO
 import gymnasium as gym
 import h5py
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
 from common import tasks
@@ -160,23 +160,27 @@ def _opens(path: Path) -> bool:
 def download(url: str, path: Path) -> None:
     """Downloads an HDF5 file; `path` appears only when it is complete.
 
+    What arrived before a connection broke is in `<path>.part`, and the next call asks
+    for the rest. A second process waits for the first.
+
     Raises:
         UserError: no connection, a wrong size, not HDF5, or nowhere to write.
     """
+    part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(suffix=".part", dir=path.parent)
+        lock = FileLock(part.with_suffix(".lock"))
+        lock.acquire()
     except OSError as error:
         raise UserError(f"Cannot write downloads to {path.parent}: {error}") from None
     try:
-        with (
-            os.fdopen(handle, "wb") as file,
-            urllib.request.urlopen(url, timeout=15) as response,
-        ):
-            _copy(response, file, path.stem)
-        if not h5py.is_hdf5(temporary):
+        if _opens(path):
+            return  # another process was faster
+        _receive(url, part)
+        if not _opens(part):
+            part.unlink()
             raise UserError(f"What {url} sent is not an HDF5 file.")
-        os.replace(temporary, path)
+        os.replace(part, path)
     except (OSError, HTTPException) as error:  # URLError is an OSError
         reason = getattr(error, "reason", None) or error
         raise UserError(
@@ -184,14 +188,36 @@ def download(url: str, path: Path) -> None:
             f"file elsewhere and give its path as --dataset."
         ) from None
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        lock.release()
 
 
-def _copy(response: HTTPResponse, file: IO[bytes], label: str) -> None:
-    total = response.headers.get("Content-Length")
-    size = int(total) if total else None
-    received = 0
-    with tqdm(total=size, desc=label, unit="B", unit_scale=True, delay=1.0) as bar:
+def _receive(url: str, part: Path) -> None:
+    """Fills `part` with the whole of `url`; what is there already is not sent again."""
+    begun = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url)
+    if begun:
+        request.add_header("Range", f"bytes={begun}-")
+    try:
+        response = urllib.request.urlopen(request, timeout=15)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # the part is no beginning of what is there now
+            raise
+        part.unlink()
+        begun, response = 0, urllib.request.urlopen(url, timeout=15)
+    with response:
+        if response.status != 206:  # all of it, from the start
+            begun = 0
+        with part.open("ab" if begun else "wb") as file:
+            _copy(response, file, begun, part.name)
+
+
+def _copy(response: HTTPResponse, file: IO[bytes], begun: int, label: str) -> None:
+    announced = response.headers.get("Content-Length")
+    size = begun + int(announced) if announced else None
+    received = begun
+    with tqdm(
+        total=size, initial=begun, desc=label, unit="B", unit_scale=True, delay=1.0
+    ) as bar:
         while block := response.read(1 << 20):
             received += file.write(block)
             bar.update(len(block))
@@ -289,9 +315,9 @@ def _timeouts_by_length(terminal: np.ndarray, name: str) -> np.ndarray:
 
 def _read_npz(path: Path, source: str) -> dict[str, np.ndarray]:
     try:
+        if not zipfile.is_zipfile(path):  # NumPy would advise to load it unsafely
+            raise UserError(f"{source} cannot be read as .npz: no zip, or cut short.")
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError(f"{source} is not an .npz archive of named arrays.")
             _check_keys(source, list(file))
             return {k: file[k] for k in (*REQUIRED, *OPTIONAL) if k in file}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:

@@ -1,6 +1,6 @@
 """The run's pictures: learning curves, and the certainty around the policy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ NEIGHBOURS = 60  # data actions shown per state
 
 
 def curves(
-    path: Path, rows: list[dict[str, Any]], labels: Sequence[str], title: str
+    path: Path, lanes: Mapping[str, Sequence[dict[str, Any]]], title: str
 ) -> None:
     """Every logged quantity against the critic updates, a line per lane.
 
     Args:
-        rows: those of one evaluation after the other, in the order of `labels`.
+        lanes: by label, the rows of its evaluations in their order.
     """
     skip = ("seed", "step")
+    rows = [row for own in lanes.values() for row in own]
     names = [k for k in rows[0] if k not in skip and _numeric(rows, k)] or ["return"]
     columns = 4
     height = -(-len(names) // columns)
@@ -34,8 +35,7 @@ def curves(
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(height, columns, squeeze=False).flat)
     for name, ax in zip(names, axes, strict=False):
-        for i, label in enumerate(labels):
-            own = rows[i :: len(labels)]
+        for label, own in lanes.items():
             steps = [int(r["step"]) for r in own]
             ax.plot(steps, [_float(r[name]) for r in own], marker=".", label=label)
         ax.set_title(name, fontsize=10)
@@ -43,7 +43,7 @@ def curves(
         ax.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
     for ax in axes[len(names) :]:
         ax.set_axis_off()
-    if len(labels) > 1:
+    if len(lanes) > 1:
         figure.axes[0].legend(fontsize=6)
     figure.suptitle(f"{title}, against critic updates", fontsize=11)
     figure.savefig(path, dpi=110)
@@ -79,7 +79,7 @@ def certainty(
         if dataset.action_dim > 1:
             grid[:, 1] = np.repeat(span, GRID)
         at = np.tile(seen[i], (GRID * GRID, 1))
-        values = np.asarray(density(at, grid)).reshape(GRID, GRID)
+        values = np.nan_to_num(np.asarray(density(at, grid)).reshape(GRID, GRID))
         level = ax.contourf(span, span, values, np.linspace(0, 1, 21), cmap="viridis")
         near = np.argsort(np.square(seen - seen[i]).sum(axis=1))[:NEIGHBOURS]
         shown = dataset.action[near]

@@ -74,7 +74,7 @@ def table(rows: Mapping[str, dict[str, Any]], dataset: Dataset) -> str:
         rows: by the lane's label; lanes that differ in their seed alone are averaged.
     """
     names = ("score", "return", "success", "length")
-    width = max(8, *(len(label) for label in rows))
+    width = max([8, *(len(label) for label in rows)])
 
     def line(label: str, values: Mapping[str, Any]) -> str:
         cells = [number(values.get(n)) for n in names]

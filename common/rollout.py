@@ -3,6 +3,7 @@
 A deterministic tanh policy is a list of layers; JAX is not needed to run or ship it.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from common.checkpoint import write_bytes, write_json
 from common.tasks import Task, flatten_obs, make_env, normalized_score
 
 MAX_ENVS = 10  # per seed, stepped together
+NOTHING = np.zeros(1, np.float32)  # an observation where there is none; any shape
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,26 @@ def export(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the episodes gave, (K, E) each; `success` is NaN where undefined."""
+    """What the episodes gave, (K, E) each; NaN where undefined or failed."""
 
     returns: np.ndarray
     lengths: np.ndarray
     success: np.ndarray
     scores: np.ndarray  # (K,) 0-100 scale
+    failed: tuple[str, ...] = ()  # one sentence per episode that was left out
+
+    def means(self, k: int) -> dict[str, float]:
+        """Of policy k over the episodes that did not fail; NaN if all did."""
+        means = {"return": _mean(self.returns[k]), "score": float(self.scores[k])}
+        return means | {
+            "success": _mean(self.success[k]),
+            "length": _mean(self.lengths[k]),
+        }
+
+
+def _mean(values: np.ndarray) -> float:
+    finite = values[~np.isnan(values)]
+    return float(finite.mean()) if len(finite) else np.nan
 
 
 class Evaluator:
@@ -95,12 +111,12 @@ class Evaluator:
     def run(self, policy: NumpyPolicy, seeds: Sequence[int], step: int) -> Evaluation:
         """Plays `num_episodes` per seed; episode e of (seed, step) is reproducible."""
         shape = (len(seeds), self.num_episodes)
-        returns, lengths = np.zeros(shape), np.zeros(shape, np.int64)
-        success = np.full(shape, np.nan)
+        returns, lengths, success = (np.full(shape, np.nan) for _ in range(3))
         play = [
             [_Slot(env, self.task) for env in envs] for envs in self.envs[: len(seeds)]
         ]
         waiting = [list(range(self.num_episodes))[::-1] for _ in seeds]
+        failed: list[str] = []
         obs = np.zeros((len(seeds), len(play[0]), len(policy.obs_mean)), np.float32)
         for k, slots in enumerate(play):
             for e, slot in enumerate(slots):
@@ -112,19 +128,23 @@ class Evaluator:
                     if slot.episode < 0:
                         continue
                     obs[k, e], done = slot.step(action[k, e])
-                    if done:
+                    if not done:
+                        continue
+                    if slot.failure:
+                        failed.append(f"seed {seeds[k]}: {slot.failure}; left out")
+                    else:
                         at = (k, slot.episode)
                         returns[at], lengths[at] = slot.ret, slot.length
                         success[at] = slot.success
-                        slot.episode = -1
-                        if waiting[k]:
-                            obs[k, e] = slot.start(waiting[k].pop(), seeds[k], step)
-        rates = success.mean(axis=1)
+                    slot.episode = -1
+                    if waiting[k]:
+                        obs[k, e] = slot.start(waiting[k].pop(), seeds[k], step)
         scores = [
-            normalized_score(self.task, float(r), float(s))
-            for r, s in zip(returns.mean(axis=1), rates, strict=True)
+            normalized_score(self.task, _mean(r), _mean(s))
+            for r, s in zip(returns, success, strict=True)
         ]
-        return Evaluation(returns, lengths, success, np.array(scores))
+        self.envs[: len(seeds)] = [[slot.env for slot in slots] for slots in play]
+        return Evaluation(returns, lengths, success, np.array(scores), tuple(failed))
 
     def close(self) -> None:
         """Frees the simulators."""
@@ -139,15 +159,30 @@ class _Slot:
     def __init__(self, env: Any, task: Task) -> None:
         self.env, self.task, self.episode = env, task, -1
         self.ret, self.length, self.success = 0.0, 0, np.nan
+        self.reset_seed, self.failure = 0, ""
 
     def start(self, episode: int, seed: int, step: int) -> np.ndarray:
-        self.episode, self.ret, self.length = episode, 0.0, 0
+        """The episode's first observation; 0 if that fails, as the next step says."""
+        self.episode, self.ret, self.length, self.failure = episode, 0.0, 0, ""
         self.success = 0.0 if self.task.ends_at_success else np.nan
         entropy = np.random.SeedSequence([seed, step, episode])
-        obs, _ = self.env.reset(seed=int(entropy.generate_state(1)[0] >> 1))
-        return flatten_obs(self.task, obs)
+        self.reset_seed = int(entropy.generate_state(1)[0] >> 1)
+        try:
+            obs, _ = self.env.reset(seed=self.reset_seed)
+            return self._finite(obs)
+        except Exception as error:  # a stranger's code
+            return self._fail(error)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
+        """The next observation and whether the episode is over, or has failed."""
+        if self.failure:
+            return NOTHING, True
+        try:
+            return self._step(action)
+        except Exception as error:  # a stranger's code
+            return self._fail(error), True
+
+    def _step(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
         space = self.env.action_space
         obs, reward, terminated, truncated, info = self.env.step(
             action.astype(space.dtype)
@@ -160,4 +195,24 @@ class _Slot:
             done = done or self.success > 0
         elif "success" in info:  # Adroit: solved at any step
             self.success = float(bool(info["success"]) or self.success == 1.0)
-        return flatten_obs(self.task, obs), bool(done)
+        if not np.isfinite(self.ret):
+            raise ValueError(f"the reward was {float(reward)}")
+        return self._finite(obs), bool(done)
+
+    def _finite(self, obs: Any) -> np.ndarray:
+        flat = flatten_obs(self.task, obs)
+        if not np.isfinite(flat).all():
+            raise ValueError("an observation was not finite")
+        return flat
+
+    def _fail(self, error: Exception) -> np.ndarray:
+        """Notes what happened and takes a new environment: this one may be broken."""
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        self.failure = (
+            f"episode {self.episode} (reset seed {self.reset_seed}) failed after "
+            f"{self.length} steps, {what}"
+        )
+        with contextlib.suppress(Exception):
+            self.env.close()
+        self.env = make_env(self.task)
+        return NOTHING

@@ -7,6 +7,7 @@ down what came.
 import contextlib
 import csv
 import dataclasses
+import errno
 import importlib.metadata
 import io
 import platform
@@ -26,24 +27,32 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import morse
-from common import checkpoint, plots, report, rollout, seeds
+from common import checkpoint, divergence, plots, report, rollout, seeds
 from common.datasets import Dataset
 from common.errors import UserError
 from common.options import RunOptions, to_json
+from common.signals import SIGNALS, Stopped, leave
 
 CHUNK = 1000  # updates per compiled scan, at most
+MORSE = "Morse network"  # the stage that fits it
 
 
 def guarded(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; a UserError becomes one line and exit code 2."""
+    """Runs a script's `main`; what a user can cause becomes one line and an exit code.
+
+    2 after a UserError, 128 + its number after a signal.
+    """
+    SIGNALS.install()
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; go on with --resume RUN", file=sys.stderr)
-        sys.exit(130)
+        leave(2, f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        leave(2, f"error: cannot write {error.filename or ''}: {error.strerror}")
+    except Stopped as stop:
+        leave(128 + SIGNALS.asked, str(stop))
 
 
 # ============================================================================ Folder
@@ -221,7 +230,11 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self._sums: dict[str, np.ndarray] = {}
         self._count = 0
-        self._pending: tuple[int, Future[Any] | None, list[dict]] | None = None
+        self._pending: tuple[int, Future[Any] | None, list[Any]] | None = None
+        self.diverged: dict[str, dict[str, Any]] = {}  # by label: from where, what
+        self.failed_episodes = 0
+        self._good: tuple[Any, Any] = (None, None)  # the last checkpoint's
+        self._largest_q = divergence.largest_q(config, dataset.reward)
         self._pool = ThreadPoolExecutor(1, "evaluation")
         self._evaluator: rollout.Evaluator | None = None
         self.folder = self._open(options.resume)
@@ -301,14 +314,25 @@ class Run:
         multiple of `unit` if the counts are.
         """
         longest = max(CHUNK - CHUNK % unit, unit)
-        with tqdm(
+        bar = tqdm(
             total=total, initial=start, desc=label, unit=" updates", disable=None
-        ) as bar:
+        )
+        with bar, self._patient():
             while start < total:
                 length = min(longest, total - start, every - start % every)
+                self._chunk = (start, start + length)
                 yield start, length
                 bar.update(length)
                 start += length
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _patient() -> Iterator[None]:
+        SIGNALS.patient = True
+        try:
+            yield
+        finally:
+            SIGNALS.patient = False
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -369,9 +393,38 @@ class Run:
                 self._sums[name] = self._sums.get(name, 0.0) + value * length
         self._count += length
         self.trained += length
+        self._notice_divergence(values)
+
+    def _notice_divergence(self, values: Mapping[str, np.ndarray]) -> None:
+        """Stops the seeds of which something is not finite, or Q beyond all returns.
+
+        Raises:
+            UserError: none is left.
+        """
+        for i, label in enumerate(self.labels):
+            own = {k: float(v[i]) for k, v in values.items()}
+            found = divergence.find(own, self._largest_q)
+            if found is None or label in self.diverged:
+                continue
+            name, remedy = found
+            first, last = self._chunk
+            self.diverged[label] = dict(step=last, quantity=name, value=own[name])
+            told = f"{label} diverged in updates {first + 1} to {last}: {name} is "
+            told += f"{own[name]:.3g}; it stops here. What may help: {remedy}"
+            tqdm.write(f"warning: {told}", file=sys.stderr)
+        if len(self.diverged) == len(self.labels):
+            self.flush()
+            self.tracker.close()
+            raise UserError(
+                f"every seed diverged; the last checkpoint of {self.folder} is from "
+                "before"
+            )
 
     def due(self, step: int) -> bool:
-        """Whether `step` is one to evaluate and write a checkpoint at."""
+        """Whether to write a checkpoint at `step`: its turn, or a signal came."""
+        return self._scheduled(step) or bool(SIGNALS.asked)
+
+    def _scheduled(self, step: int) -> bool:
         return step % self.eval_every == 0 or step == self.num_updates
 
     def checkpoint(self, step: int, state: Any, actor: Any) -> None:
@@ -382,23 +435,67 @@ class Run:
             actor: the lanes' deterministic tanh policies, flax parameters.
         """
         self.flush()
-        rows = [
-            {k: float(v[i]) for k, v in self._means().items()}
-            | {k: v[i] for k, v in self.constants.items()}
-            for i in range(len(self.seeds))
-        ]
-        self._sums, self._count = {}, 0
+        scheduled, path = self._scheduled(step), self._checkpoint_path(step)
+        meta: dict[str, Any] = dict(step=step, seeds=self.seeds)
+        meta |= dict(constants=self.constants, diverged=self.diverged)
+        meta |= dict(failed_episodes=self.failed_episodes)
+        if scheduled:
+            meta["rows"] = self._new_rows()
+        sums = {k: self._own(v).tolist() for k, v in self._sums.items()}
+        meta |= dict(sums=sums, count=self._count)
+        self._good = self._kept((self._own(state), self._own(actor)), self._good)
         with self.timed("writing"):
-            path = self.folder / "checkpoint" / f"step-{step:09d}.safetensors"
-            meta = dict(step=step, rows=rows, seeds=self.seeds)
-            meta |= dict(constants=self.constants)
-            spent = dict(wall=self.wall, trained=self.trained)
-            # First, so that there is one wherever there is a checkpoint.
-            checkpoint.write_json(self.folder / "wall.json", spent)
-            checkpoint.save_tree(path, self._whole(state), meta)
-            for old in self._checkpoints(self.folder)[:-2]:
-                old.unlink()
-        self._evaluate(step, actor, rows)
+            self._write_wall()  # first, so that there is one beside any checkpoint
+            norm = dict(obs_mean=self.obs_mean, obs_std=self.obs_std)
+            checkpoint.save_tree(path, {"state": self._good[0], **norm}, meta)
+            self._prune()
+        self._stop_if_asked(step)
+        if scheduled:
+            self._evaluate(step, meta["rows"])
+
+    def _checkpoint_path(self, step: int) -> Path:
+        return self.folder / "checkpoint" / f"step-{step:09d}.safetensors"
+
+    def _new_rows(self) -> list[dict[str, float] | None]:
+        """The metrics since the last rows, per seed; None of one that diverged."""
+        means = self._means() | self.constants
+        self._sums, self._count = {}, 0
+        return [
+            None
+            if label in self.diverged
+            else {k: float(v[i]) for k, v in means.items()}
+            for i, label in enumerate(self.labels)
+        ]
+
+    def _kept(self, trees: Any, before: Any) -> Any:
+        """The seeds' trees, of those that diverged the ones from before."""
+        bad = [i for i, label in enumerate(self.labels) if label in self.diverged]
+
+        def mixed(new: np.ndarray, old: np.ndarray) -> np.ndarray:
+            new = new.copy()
+            new[bad] = old[bad]
+            return new
+
+        return jax.tree.map(mixed, trees, before) if bad else trees
+
+    def _write_wall(self) -> None:
+        spent = dict(wall=self.wall, trained=self.trained)
+        checkpoint.write_json(self.folder / "wall.json", spent)
+
+    def _prune(self) -> None:
+        """Keeps the two newest checkpoints; one between evaluations only as newest."""
+        *older, _ = self._checkpoints(self.folder)
+        between = [p for p in older if not self._scheduled(_step_of(p))]
+        kept = [p for p in older if p not in between]
+        for path in (*between, *kept[:-1]):
+            path.unlink()
+
+    def _stop_if_asked(self, step: int, of: str = "update") -> None:
+        """Raises Stopped if a signal came; a checkpoint has just been written."""
+        if SIGNALS.asked:
+            self.tracker.close()
+            told = f"stopped at {of} {step}, with a checkpoint"
+            raise Stopped(f"{told}; go on with --resume {self.folder}")
 
     def _means(self) -> dict[str, np.ndarray]:
         return {
@@ -406,32 +503,86 @@ class Run:
             for name, value in self._sums.items()
         }
 
-    def _whole(self, state: Any) -> dict[str, Any]:
-        """What a checkpoint holds: the seeds' state and the normalisation."""
-        norm = dict(obs_mean=self.obs_mean, obs_std=self.obs_std)
-        return {"state": self._own(state), **norm}
-
     def restore(self, template: Any) -> tuple[Any, int] | None:
-        """The newest checkpoint's state, laid out as `template`, and its step.
+        """The newest whole checkpoint's state, laid out as `template`, and its step.
 
         None if the run is new or died before its first checkpoint. `evaluate_again`
         then writes the rows of that step, which may have been lost.
         """
-        paths = self._checkpoints(self.folder)
-        if not paths:
+        found = self._newest(template)
+        if found is None:
             return None
-        whole, meta = checkpoint.load_tree(paths[-1], self._whole(template))
+        path, whole, meta = found
         for name in ("obs_mean", "obs_std"):
             if not np.array_equal(whole[name], getattr(self, name)):
-                raise UserError(f"{paths[-1]} was trained with another {name}")
-        spent = checkpoint.read_json(self.folder / "wall.json")
-        self.wall, self.trained = dict(spent["wall"]), int(spent["trained"])
+                raise UserError(f"{path} was trained with another {name}")
+        self._read_wall()
         self.constants = meta["constants"]
+        self.diverged = meta.get("diverged", {})
+        self.failed_episodes = meta.get("failed_episodes", 0)
+        self._count = meta.get("count", 0)
+        self._sums = {k: self._laid(v) for k, v in meta.get("sums", {}).items()}
         self.rows = [r for r in self._read_log() if int(r["step"]) < meta["step"]]
         self._write_log()
-        print(f"resumed at update {meta['step']} from {paths[-1]}")
-        self._restored_rows = meta["rows"]
+        print(f"resumed at update {meta['step']} from {path}")
+        self._restored_rows = meta.get("rows")
+        self._good = (whole["state"], None)
         return self.spread(whole["state"]), int(meta["step"])
+
+    def _newest(self, template: Any) -> tuple[Path, Any, dict[str, Any]] | None:
+        """The newest checkpoint that is not damaged: path, content, meta."""
+        norm = dict(obs_mean=self.obs_mean, obs_std=self.obs_std)
+        wanted = {"state": self._own(template), **norm}
+        damaged: list[Path] = []
+        for path in reversed(self._checkpoints(self.folder)):
+            try:
+                whole, meta = checkpoint.load_tree(path, wanted)
+                if "step" not in meta:
+                    raise checkpoint.DamagedError(f"cannot read {path}: no step in it")
+            except checkpoint.DamagedError as error:
+                print(f"warning: {error}; trying the one before", file=sys.stderr)
+                damaged.append(path)
+                continue
+            for other in damaged:
+                other.replace(other.with_suffix(".damaged"))
+            return path, whole, meta
+        if damaged:
+            raise UserError(f"no checkpoint in {self.folder} is whole: begin a new run")
+        return None
+
+    def _read_wall(self) -> None:
+        try:
+            spent = checkpoint.read_json(self.folder / "wall.json")
+            self.wall, self.trained = dict(spent["wall"]), int(spent["trained"])
+        except (KeyError, TypeError, UserError) as error:
+            print(f"warning: times so far are lost: {error}", file=sys.stderr)
+
+    def _aside(self, name: str) -> Path:
+        return self.folder / "checkpoint" / f"{name.replace(' ', '-')}.safetensors"
+
+    def pause(self, name: str, step: int, state: Any) -> None:
+        """Writes a state that is not the agent's yet if a signal came, and stops."""
+        if SIGNALS.asked:
+            checkpoint.save_tree(self._aside(name), self._own(state), {"step": step})
+            self._write_wall()
+            self._stop_if_asked(step, f"the {name}'s update")
+
+    def forget(self, name: str) -> None:
+        """Deletes what `pause` wrote."""
+        self._aside(name).unlink(missing_ok=True)
+
+    def paused(self, name: str, state: Any) -> tuple[Any, int]:
+        """What `pause` wrote and its step; `state` and 0 if there is nothing."""
+        if not self._aside(name).exists():
+            return state, 0
+        try:
+            own, meta = checkpoint.load_tree(self._aside(name), self._own(state))
+        except checkpoint.DamagedError as error:
+            print(f"warning: {error}; fitting from the start", file=sys.stderr)
+            return state, 0
+        self._read_wall()
+        print(f"resumed at update {meta['step']} of the {name}")
+        return self.spread(own), int(meta["step"])
 
     @staticmethod
     def _checkpoints(folder: Path) -> list[Path]:
@@ -440,13 +591,13 @@ class Run:
         )
 
     def _own(self, tree: Any) -> Any:
-        """The seeds' share of the lanes, as numpy."""
-        return jax.tree.map(lambda x: np.asarray(x)[: len(self.seeds)], tree)
+        """The seeds' share of the lanes, in numpy: copies, for buffers are donated."""
+        return jax.tree.map(lambda x: np.array(x)[: len(self.seeds)], tree)
 
     def policy(self, actor: Any) -> rollout.NumpyPolicy:
-        """The seeds' policies in numpy, acting on raw observations."""
+        """The seeds' policies in numpy, (K, ...) parameters, acting on raw obs."""
         return rollout.NumpyPolicy(
-            rollout.layers_of(self._own(actor)),
+            rollout.layers_of(actor),
             self.obs_mean,
             self.obs_std,
             self.dataset.action_low,
@@ -455,19 +606,29 @@ class Run:
 
     def spread(self, tree: Any) -> Any:
         """Lays numpy arrays with a leading seed axis out over the lanes' devices."""
+        return seeds.split(jax.tree.map(self._laid, tree), self.mesh)
+
+    def _laid(self, x: Any) -> np.ndarray:
+        """An array with a seed axis with one of lanes, the last seed repeated."""
         lane = np.minimum(np.arange(len(self.lanes)), len(self.seeds) - 1)
-        return seeds.split(jax.tree.map(lambda x: np.asarray(x)[lane], tree), self.mesh)
+        return np.asarray(x)[lane]
 
     def evaluate_again(self, step: int, actor: Any) -> None:
         """Starts the evaluation that belongs to a restored checkpoint."""
-        self._evaluate(step, actor, self._restored_rows)
+        self._good = (self._good[0], self._own(actor))
+        rows = self._restored_rows
+        if rows is None and self._scheduled(step):  # the end was moved to this step
+            rows = self._new_rows()
+        if rows is not None:
+            self._evaluate(step, rows)
 
-    def _evaluate(self, step: int, actor: Any, rows: list[dict[str, Any]]) -> None:
+    def _evaluate(self, step: int, rows: list[dict[str, Any] | None]) -> None:
         if step == 0:  # nothing trained yet
             return
         future = None
         if self.options.eval_episodes:
-            future = self._pool.submit(self._play, self.policy(actor), step)
+            policy = self.policy(self._good[1])
+            future = self._pool.submit(self._play, policy, step)
         self._pending = (step, future, rows)
 
     def _play(self, policy: rollout.NumpyPolicy, step: int) -> rollout.Evaluation:
@@ -486,40 +647,35 @@ class Run:
         with self.timed("evaluation"):
             result = future.result() if future else None
         self._pending = None
-        rows = []
+        rows = {}
         for i, run in enumerate(self.runs):
+            own = metrics[i]
+            if own is None:  # diverged before
+                continue
             row: dict[str, Any] = {"seed": run["seed"], "step": step, **run}
             row |= dict.fromkeys(("return", "score", "success", "length"), "")
             if result is not None:
-                row["return"] = float(result.returns[i].mean())
-                row["score"] = float(result.scores[i])
-                row["success"] = float(result.success[i].mean())
-                row["length"] = float(result.lengths[i].mean())
+                row |= result.means(i)
             row = {k: "" if v != v else v for k, v in row.items()}  # NaN: undefined
-            rows.append(row | dict(sorted(metrics[i].items())))
-        self.rows += rows
-        self._write_log(rows)
-        self.tracker.send(dict(zip(self.labels, rows, strict=True)))
-        tqdm.write(report.line(step, rows), file=sys.stdout)
+            rows[self.labels[i]] = row | dict(sorted(own.items()))
+        for told in result.failed if result else ():
+            tqdm.write(f"warning: at update {step}, {told}", file=sys.stderr)
+            self.failed_episodes += 1
+        self.rows += rows.values()
+        self._write_log()
+        self.tracker.send(rows)
+        tqdm.write(report.line(step, list(rows.values())), file=sys.stdout)
 
-    def _write_log(self, new: list[dict[str, Any]] | None = None) -> None:
-        """Appends `new` rows in one write, or writes the whole log anew."""
-        path = self.folder / "log.csv"
-        rows = self.rows if new is None else new
-        text = io.StringIO()
-        if rows:
-            writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
-            if new is None or not path.exists():
-                writer.writeheader()
-            writer.writerows(rows)
-        if new is None or not path.exists():
-            if rows:
-                checkpoint.write_bytes(path, text.getvalue().encode())
-            else:
-                path.unlink(missing_ok=True)
-        else:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(text.getvalue())
+    def _write_log(self) -> None:
+        """Writes the whole log anew: no reader, and no crash, finds half a row."""
+        path, text = self.folder / "log.csv", io.StringIO()
+        if not self.rows:
+            path.unlink(missing_ok=True)
+            return
+        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        checkpoint.write_bytes(path, text.getvalue().encode())
 
     def _read_log(self) -> list[dict[str, Any]]:
         path = self.folder / "log.csv"
@@ -537,7 +693,7 @@ class Run:
                 networks see them and actions (B, A); None: no picture of it.
         """
         self.flush()
-        policy = self.policy(actor)
+        policy = self.policy(self._kept(self._own(actor), self._good[1]))
         with self.timed("writing"):
             task = self.dataset.task
             about = dict(
@@ -551,7 +707,7 @@ class Run:
         self._write_result()
         with self.timed("writing"):
             title = f"{self.algorithm} on {self.dataset.name}"
-            plots.curves(self.folder / "curves.png", self.rows, self.labels, title)
+            plots.curves(self.folder / "curves.png", self._rows_by_label(), title)
             if density is not None:
                 path = self.folder / "certainty.png"
                 plots.certainty(path, density, self.dataset, policy, title)
@@ -560,13 +716,27 @@ class Run:
         self._lock.release()
         if self._evaluator:
             self._evaluator.close()
-        last = dict(zip(self.labels, self.rows[-len(self.labels) :], strict=True))
+        found = self._rows_by_label()
+        last = {k: rows[-1] for k, rows in found.items() if k not in self.diverged}
         print(report.table(last, self.dataset))
+        for label, what in self.diverged.items():
+            print(f"{label} diverged at update {what['step']}: {what['quantity']}")
         print(self.folder, flush=True)
+
+    def _rows_by_label(self) -> dict[str, list[dict[str, Any]]]:
+        """Every lane's rows, by label; those of one that diverged end early."""
+        names = ("seed", *self.options.swept)
+        return {
+            label: [r for r in self.rows if all(r[n] == run[n] for n in names)]
+            for label, run in zip(self.labels, self.runs, strict=True)
+        }
 
     def _write_result(self) -> None:
         path = self.folder / "result.json"
-        last = self.rows[-len(self.seeds) :]
+        last = [
+            rows[-1] if label not in self.diverged else {}
+            for label, rows in self._rows_by_label().items()
+        ]
         task = self.dataset.task
         wall = {k: round(v, 3) for k, v in self.wall.items()}
         rate = self.trained * len(self.seeds) / max(self.wall.get("training", 0), 1e-9)
@@ -577,14 +747,16 @@ class Run:
                 dataset=self.dataset.name,
                 seeds=self.seeds,
                 swept={k: [run[k] for run in self.runs] for k in self.options.swept},
-                step=last[0]["step"],
+                step=self.num_updates,
                 **{
-                    f"{k}s": [report.number(r[k]) for r in last]
+                    f"{k}s": [report.number(r.get(k)) for r in last]
                     for k in ("score", "return")
                 },
-                success=[report.number(r["success"]) for r in last],
+                success=[report.number(r.get("success")) for r in last],
                 **self.constants,
-                lengths=[report.number(r["length"]) for r in last],
+                lengths=[report.number(r.get("length")) for r in last],
+                diverged=self.diverged,
+                failed_episodes=self.failed_episodes,
                 data=report.data_figures(self.dataset),
                 eval_map=task.eval_map if task else None,
                 eval_episodes=self.options.eval_episodes,
@@ -666,6 +838,7 @@ def fit_morse(
         lam = job.runs[i].get("scale", scale)
         about = _identity(lam, config, job.dataset, job.obs_mean)
         save_morse(job.folder, seed, own, *about, loss=losses[i])
+    job.forget(MORSE)
     return params
 
 
@@ -681,12 +854,19 @@ def _fitted(
 
     program = job.chunked(train, True, False, False, True, False, True)
     losses = np.full(len(job.lanes), np.nan)
-    for start, length in job.chunks("Morse network", 0, total, total, 1):
+    state, done = job.paused(MORSE, state)
+    for start, length in job.chunks(MORSE, done, total, total, 1):
         with job.timed("pretraining"):
             state, metrics = program(
                 length, state, obs, action, keys, np.int32(start), lam
             )
             losses = np.asarray(metrics["morse_loss"])
+        if start + length < total:
+            job.pause(MORSE, start + length, state)
+    if total and not np.isfinite(losses).all():
+        told = "a Morse network's loss is not finite: what uses it will diverge; a "
+        told += "smaller --morse-net.learning-rate may help"
+        print(f"warning: {told}", file=sys.stderr)
     return state.params, [float(x) for x in losses[: len(job.seeds)]]
 
 

@@ -37,7 +37,11 @@ PANEL = (3.6, 3.0)  # inches
 
 
 def learning_curves(
-    path: Path, rows: Sequence[Row], value: str = "score", step: int | None = None
+    path: Path,
+    rows: Sequence[Row],
+    value: str = "score",
+    step: int | None = None,
+    shorter: Mapping[str, int] | None = None,
 ) -> None:
     """Draws every method's mean ± sd over seeds against updates, a panel per dataset.
 
@@ -47,12 +51,13 @@ def learning_curves(
         value: the column; on the embedded maze, whose score is 100 soon, a score gives
             way to the steps to the goal.
         step: the runs' number of updates; if not given, each dataset's largest.
+        shorter: another number for some datasets.
     """
     runs = [run for run in tables.runs_of(rows) if tables.is_plain(run)]
     panels = {}
     for dataset in sorted({run.dataset for run in runs if run.method != "data"}):
         own = [run for run in runs if run.dataset == dataset]
-        updates = step or tables.largest_step(own)
+        updates = (shorter or {}).get(dataset, step or tables.largest_step(own))
         by_method = {
             method: tables.chosen(own, method, dataset, updates)
             for method in tables.METHODS
@@ -281,8 +286,10 @@ def main(root: Path = store.ROOT) -> None:
     quick = [row for row in rows if row["dataset"] == EMBEDDED]
     updates = sweeps.TABLES["quick"].num_updates
     learning_curves(folder / "quick.png", quick, step=updates)
-    learning_curves(folder / "standins.png", rows, step=100_000)
+    learning_curves(folder / "standins.png", rows, step=100_000, shorter=tables.SHORTER)
     ablation(folder / "ablation-scale.png", rows)
+    updates = sweeps.TABLES["bst-factors"].num_updates
+    factors(folder / "bst-factors.png", tables.factor_rows(rows), updates)
 
 
 if __name__ == "__main__":

@@ -122,19 +122,31 @@ def run_script(algorithm: str, args: Sequence[str], output: Path) -> None:
     with output.open("ab") as file:
         begin = file.tell()
         process = subprocess.Popen(
-            script, stdin=subprocess.PIPE, stdout=file, stderr=file
+            script,
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,  # a terminal's Ctrl-C comes by way of the sweep
         )
         try:
             code = process.wait()
-        finally:
-            process.terminate()
-            process.wait()
+        except BaseException:
+            process.terminate()  # it writes a checkpoint first; a second one: at once
+            _wait_or_kill(process)
+            raise
     if code != 0:
         said = output.read_bytes()[begin:].decode(errors="replace").splitlines()
         lines = [line.strip(" │╭╮╰╯─") for line in said]  # a bad option is in a box
         lines = [x for x in lines if x and not x.startswith("For full helptext")]
         what = lines[-1] if lines else "it said nothing"
         raise SweepError(f"{what} (exit code {code}, see {output})")
+
+
+def _wait_or_kill(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait()
+    finally:
+        process.kill()
 
 
 def run(job: Job, folder: Path) -> Path:
@@ -159,6 +171,10 @@ def rows_of(job: Job, code: str, run: Path) -> list[store.Row]:
         raise SweepError(
             f"there are no scores: {job.dataset} was not evaluated, {run.parent} says "
             "why; delete that folder to train again"
+        )
+    if result.get("diverged"):  # a mean over the others would hide it
+        raise SweepError(
+            f"diverged: {', '.join(result['diverged'])}; what is there is in {run}"
         )
     with (run / "log.csv").open(newline="", encoding="utf-8") as file:
         log = list(csv.DictReader(file))

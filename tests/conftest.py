@@ -87,6 +87,24 @@ def pendulum(tmp_path_factory):
         yield "test/pendulum/random-v0"
 
 
+@pytest.fixture(scope="module")
+def arrays_file(tmp_path_factory) -> Path:
+    """A dataset of one's own: 200 random transitions, no environment."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("own") / "own.npz"
+    timeouts = np.zeros(200, bool)
+    timeouts[49::50] = True
+    np.savez(
+        path,
+        observations=rng.normal(size=(200, 4)).astype(np.float32),
+        actions=rng.uniform(-0.9, 0.9, (200, 2)).astype(np.float32),
+        rewards=rng.normal(size=200).astype(np.float32),
+        terminals=rng.random(200) < 0.05,
+        timeouts=timeouts,
+    )
+    return path
+
+
 @pytest.fixture
 def write_minari(home: Path) -> Callable[..., Path]:
     """Writes a Minari dataset of episodes, dicts of the arrays that HDF5 shall hold."""

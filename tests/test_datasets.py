@@ -471,16 +471,17 @@ def test_d4rl_addresses():
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """D4RL's host, on this machine: sends `answer`, counts `requests`."""
-    state: dict[str, Any] = {"answer": b"", "requests": 0}
+    state: dict[str, Any] = {"answer": b"", "answers": [], "requests": 0, "asked": []}
 
     def serve() -> None:
         with contextlib.suppress(OSError):  # the listener has been shut down
             while True:
                 connection, _ = listener.accept()
                 with connection:
-                    connection.recv(65_536)
+                    state["asked"].append(connection.recv(65_536))
                     state["requests"] += 1
-                    connection.sendall(state["answer"])
+                    later = state["answers"]
+                    connection.sendall(later.pop(0) if later else state["answer"])
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve)
@@ -499,7 +500,8 @@ def http_ok(content: bytes, announced: int | None = None) -> bytes:
 
 
 def downloads(home: Path) -> list[str]:
-    return [path.name for path in (home / "cache" / "td3-bst" / "d4rl").iterdir()]
+    folder = home / "cache" / "td3-bst" / "d4rl"
+    return [path.name for path in folder.iterdir() if path.suffix != ".lock"]
 
 
 def test_download_by_d4rl_name(home, host):
@@ -522,9 +524,34 @@ def test_truncated_download_file_is_fetched_again(home, host):
     assert datasets.load("hopper-medium-v2").num_transitions == 4
 
 
-def test_incomplete_download_leaves_nothing(home, host):
-    host["answer"] = http_ok(b"\x89HDF\r\n\x1a\n" + b"0" * 92, announced=200)
-    with pytest.raises(UserError, match="100 of 200 bytes arrived"):
+@pytest.mark.parametrize("resumable", [True, False])
+def test_a_broken_download_goes_on_where_it_was(home, host, resumable):
+    save(home / "source.hdf5", hopper_rows())
+    content = (home / "source.hdf5").read_bytes()
+    host["answer"] = http_ok(content[:1000], announced=len(content))
+    with pytest.raises(UserError, match=f"1000 of {len(content)} bytes arrived"):
+        datasets.load("hopper-medium-v2")
+    assert downloads(home) == ["hopper-medium-v2.hdf5.part"]
+    rest = http_ok(content[1000:]).replace(b"200 OK", b"206 Partial Content")
+    host["answer"] = rest if resumable else http_ok(content)
+    assert datasets.load("hopper-medium-v2").num_transitions == 4
+    assert b"Range: bytes=1000-" in host["asked"][1]
+    assert downloads(home) == ["hopper-medium-v2.hdf5"]
+
+
+def test_a_part_of_another_file_is_given_up(home, host):
+    save(home / "source.hdf5", hopper_rows())
+    part = home / "cache" / "td3-bst" / "d4rl" / "hopper-medium-v2.hdf5.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x" * 100_000)
+    refused = b"HTTP/1.1 416 Range Not Satisfiable\r\nContent-Length: 0\r\n\r\n"
+    host["answers"] = [refused, http_ok((home / "source.hdf5").read_bytes())]
+    assert datasets.load("hopper-medium-v2").num_transitions == 4
+    # One that fits in length shows itself as no HDF5, and is not kept either.
+    (home / "cache" / "td3-bst" / "d4rl" / "hopper-medium-v2.hdf5").unlink()
+    part.write_bytes(b"x" * 50)
+    host["answer"] = http_ok(b"y" * 50).replace(b"200 OK", b"206 Partial Content")
+    with pytest.raises(UserError, match="is not an HDF5 file"):
         datasets.load("hopper-medium-v2")
     assert downloads(home) == []
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import random
 import shutil
@@ -209,6 +210,16 @@ def test_code_hash_covers_what_may_change_a_number(tmp_path: Path):
         path.write_text(path.read_text() + "# changed\n")
         hashes.add(store.code_hash("td3_bst", tmp_path))
     assert len(hashes) == 4
+
+
+def test_a_mean_does_not_hide_a_seed_that_diverged(tmp_path: Path):
+    job = Job("TD3+BC", "td3_bc", "own/set-v0", (("num_updates", "20"),), (0, 1))
+    lost = {"seed1": {"step": 10, "quantity": "q", "value": None}}
+    result = {"eval_episodes": 2, "diverged": lost, "commit": None, "data": {}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    (tmp_path / "log.csv").write_text("seed,step,return\n0,20,1.0\n")
+    with pytest.raises(reproduce.SweepError, match="diverged: seed1"):
+        reproduce.rows_of(job, "code", tmp_path)
 
 
 def test_merging_keeps_every_row_once(tmp_path: Path):

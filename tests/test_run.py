@@ -28,24 +28,6 @@ NARROW = ["--hidden-dims", "8", "8", "--morse-net.hidden-dims", "8", "8"]
 SMALL = [*NARROW, "--batch-size", "16", "--num-morse-updates", "20"]
 
 
-@pytest.fixture(scope="module")
-def arrays_file(tmp_path_factory) -> Path:
-    """A dataset of one's own: 200 random transitions, no environment."""
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("own") / "own.npz"
-    timeouts = np.zeros(200, bool)
-    timeouts[49::50] = True
-    np.savez(
-        path,
-        observations=rng.normal(size=(200, 4)).astype(np.float32),
-        actions=rng.uniform(-0.9, 0.9, (200, 2)).astype(np.float32),
-        rewards=rng.normal(size=200).astype(np.float32),
-        terminals=rng.random(200) < 0.05,
-        timeouts=timeouts,
-    )
-    return path
-
-
 def command(*args: object) -> list[str]:
     return [sys.executable, str(ROOT / "td3_bst.py"), *map(str, args)]
 
@@ -500,9 +482,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match=r"cannot write .*no space left"):
         checkpoint.write_json(path, {"step": 2})
     assert json.loads(path.read_text()) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # ------------------------------------------------------------------------ command line

@@ -4,12 +4,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
 
-from results import figures, store, tables
+from results import figures, store, sweeps, tables
 
 HOPPER, CHEETAH = "standin/mujoco/hopper/medium-v0", "standin/mujoco/halfcheetah"
 OPTIONS = {  # of each method, less the number of updates
@@ -144,7 +145,28 @@ def test_standins_stand_apart_and_the_last_evaluation_counts():
     table = tables.standin_table(rows)
     assert "hopper-medium-v2" not in table  # official data are never among them
     # mean 51.5, sd sqrt(2 * 1.5^2 / 1) = 2.12
-    assert cells(table, HOPPER) == ["41.0", "51.5 ± 2.1 (n = 2)", *["-"] * 5]
+    found = ["100,000", "41.0", "51.5 ± 2.1 (n = 2)", *["-"] * 5]
+    assert cells(table, HOPPER) == found
+
+
+def test_some_standins_have_shorter_runs():
+    antmaze = "standin/D4RL/antmaze/umaze-v1"
+    rows = [row("BC", antmaze, 0, 40.0, 60_000), row("BC", antmaze, 1, 9.0, 100_000)]
+    rows += [row("BC", tables.EMBEDDED, 0, 97.0, 20_000)]
+    table = tables.standin_table(rows)
+    assert cells(table, antmaze)[:3] == ["60,000", "-", "40.0 (n = 1)"]
+    found = cells(table, "embedded maze, success %")
+    assert found[:3] == ["20,000", "-", "97.0 (n = 1)"]
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_the_factor_study_is_known_by_its_own_options():
+    shared: Any = dict(sweeps.TABLES["bst-factors"].further)
+    rows = [row("TD3-BST", HOPPER, 0, 10.0, 20_000, **shared)]
+    rows += [row("TD3-BST", HOPPER, 0, 20.0, 20_000, **shared, mu=1)]
+    rows += [row("TD3-BST", HOPPER, 0, 90.0, 20_000), row("BC", HOPPER, 0, 5.0)]
+    found = tables.factor_rows(rows)
+    assert [r["score"] for r in found] == ["10.0", "20.0", "5.0"]
 
 
 def test_ablations_never_enter_a_method():
@@ -153,8 +175,8 @@ def test_ablations_never_enter_a_method():
     rows += [row("TD3-BST", HOPPER, 2, 90.0, mu=0.3)]
     rows += [row("TD3+BC", HOPPER, 0, 90.0, alpha=10)]
     table = tables.standin_table(rows)
-    assert cells(table, HOPPER)[3:5] == ["-", "10.0 (n = 1)"]
-    assert cells(table, HOPPER)[2] == "-"
+    assert cells(table, HOPPER)[4:6] == ["-", "10.0 (n = 1)"]
+    assert cells(table, HOPPER)[3] == "-"
 
 
 def codes(rows: list[store.Row]) -> list[str]:
@@ -172,7 +194,7 @@ def test_no_seed_counts_twice():
     assert codes(rows) == ["aa", "aa", "zz", "aa", "aa"]
     rows += [row("IQL", HOPPER, seed, 30.0, code=now) for seed in (1, 2)]
     assert codes(rows) == ["aa", now, now, "aa", "aa"]  # the present code's first
-    assert cells(tables.standin_table(rows), HOPPER)[5] == "24.0 ± 5.5 (n = 5)†"
+    assert cells(tables.standin_table(rows), HOPPER)[6] == "24.0 ± 5.5 (n = 5)†"
     assert "†" not in tables.standin_table(rows[:5])
     # of one code: the later run
     twice = [row("BC", HOPPER, 0, 1.0), row("BC", HOPPER, 0, 2.0, eval_every=500)]
@@ -183,7 +205,7 @@ def test_no_seed_counts_twice():
 def test_missing_values_are_no_seeds():
     rows = [row("BC", HOPPER, seed, 30.0) for seed in (0, 1, 2)]
     rows[1]["score"], rows[2]["score"] = "", "nan"
-    assert cells(tables.standin_table(rows), HOPPER)[1] == "30.0 (n = 1 of 3)"
+    assert cells(tables.standin_table(rows), HOPPER)[2] == "30.0 (n = 1 of 3)"
 
 
 # --------------------------------------------------------------------------- tables

@@ -1,0 +1,51 @@
+"""SIGINT and SIGTERM: a run under way first writes a checkpoint."""
+
+import contextlib
+import os
+import signal
+import sys
+from typing import Any
+
+INTERRUPTED = "interrupted; a run goes on from its last checkpoint with --resume RUN"
+
+
+class Stopped(Exception):
+    """The run stopped because a signal asked for it; all it needs is on disk."""
+
+
+def leave(code: int, told: str) -> None:
+    """Says something and ends the process, whatever threads are still at."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{told}\n")):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # nobody listens
+            stream.write(text)
+            stream.flush()
+    os._exit(code)
+
+
+class Signals:
+    """SIGINT and SIGTERM: at once, while `patient` after the present chunk.
+
+    A second signal does not wait.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.patient = 0, False
+
+    def install(self) -> None:
+        """Takes over from Python's handlers."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: Any) -> None:
+        first, self.asked = not self.asked, number
+        if not (first and self.patient):
+            # An exception might be raised where it is ignored, in a destructor say.
+            leave(128 + number, INTERRUPTED)
+        told = "stopping after this chunk and the evaluation under way"
+        with contextlib.suppress(OSError, RuntimeError):  # nobody may be listening
+            print(
+                f"\n{told}; a second signal stops at once", file=sys.stderr, flush=True
+            )
+
+
+SIGNALS = Signals()  # the process's own
