@@ -544,7 +544,8 @@ class Run:
                 damaged.append(path)
                 continue
             for other in damaged:
-                other.replace(other.with_suffix(".damaged"))
+                (self.folder / "damaged").mkdir(exist_ok=True)
+                other.replace(self.folder / "damaged" / other.name)
             return path, whole, meta
         if damaged:
             raise UserError(f"no checkpoint in {self.folder} is whole: begin a new run")
