@@ -22,6 +22,12 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+if __name__ == "__main__":  # a script finds its neighbours through the repository root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks import report
+from results import tables
+
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("load", "compile", "pretraining", "training", "evaluation", "writing")
 OBS_DIM, ACTION_DIM = 11, 3
@@ -82,11 +88,15 @@ def run(options: Options, dataset: list[str], seeds: int, root: Path) -> dict[st
     if done.returncode != 0:
         raise SystemExit(f"error: {' '.join(command)} failed: {done.stderr[-2000:]}")
     folder = Path(done.stdout.splitlines()[-1])
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    result, config = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("result", "config")
+    )
     stages = {name: result["wall"].get(name, 0.0) for name in STAGES}
     stages["import, end"] = total - sum(stages.values())
     each = 1e6 * stages["training"] / options.num_updates / seeds
-    return dict(seeds=seeds, total=total, stages=stages, us_per_update=each)
+    size = config["dataset"]["num_transitions"]
+    return dict(size=size, seeds=seeds, total=total, stages=stages, us_per_update=each)
 
 
 def measure(options: Options) -> list[dict[str, Any]]:
@@ -99,42 +109,39 @@ def measure(options: Options) -> list[dict[str, Any]]:
             write_dataset(path, size)
             for what in ("first read", "cached"):
                 row = run(options, ["--dataset", str(path)], 1, root / "runs")
-                rows.append(dict(dataset=f"random, {what}", size=size) | row)
+                rows.append(dict(dataset=f"random, {what}") | row)
         smallest = root / f"random{min(options.sizes)}.npz"
         for count in options.num_seeds:
             row = run(options, ["--dataset", str(smallest)], count, root / "runs")
-            rows.append(dict(dataset="random", size=min(options.sizes)) | row)
+            rows.append(dict(dataset="random") | row)
         for count in options.num_seeds:
             row = run(options, [], count, root / "runs")
-            rows.append(dict(dataset="embedded maze", size=None) | row)
+            rows.append(dict(dataset="embedded maze") | row)
     return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown; seconds."""
-    names = [*STAGES, "import, end"]
     lines = [
-        f"| dataset | transitions | seeds | {' | '.join(names)} | in all | "
-        "us per update and seed |",
-        "|---" * (len(names) + 5) + "|",
+        [
+            row["dataset"],
+            f"{row['size']:,}",
+            str(row["seeds"]),
+            *(f"{seconds:.1f}" for seconds in row["stages"].values()),
+            f"{row['total']:.1f}",
+            f"{row['us_per_update']:.0f}",
+        ]
+        for row in rows
     ]
-    for row in rows:
-        size = f"{row['size']:,}" if row["size"] else "94,802"
-        cells = [row["dataset"], size, row["seeds"]]
-        cells += [f"{row['stages'][name]:.1f}" for name in names]
-        cells += [f"{row['total']:.1f}", f"{row['us_per_update']:.0f}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+    head = ["dataset", "transitions", "seeds", *STAGES, "import, end", "in all"]
+    return tables.markdown([*head, "us per update and seed"], lines)
 
 
 def main() -> None:
     """Prints the table, writes the JSON."""
     options = tyro.cli(Options, description=(__doc__ or "").split("\n\n")[0])
     rows = measure(options)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    print(table(rows))
-    print(options.out)
+    report.publish(rows, table(rows), options.out)
 
 
 if __name__ == "__main__":

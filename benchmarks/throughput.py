@@ -28,6 +28,9 @@ import tyro
 if __name__ == "__main__":  # a script finds its neighbours through the repository root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from benchmarks import report
+from results import tables
+
 Method = Literal["TD3+BC", "TD3-BST", "IQL", "IQL-BST", "Morse"]
 SHAPES = {"hopper": (11, 3), "halfcheetah": (17, 6), "antmaze": (29, 8)}
 DOMAINS = {"hopper": "locomotion", "halfcheetah": "locomotion", "antmaze": "antmaze"}
@@ -141,7 +144,7 @@ def make_case(method: Method, shape: str, num_seeds: int, options: Options) -> C
     program, args = train
     compiled = program.lower(state, *args).compile()
     spent = time.perf_counter() - begin
-    holder = {"state": state, "start": np.int32(0)}
+    holder = {"state": state}
 
     def run() -> None:
         holder["state"], metrics = compiled(holder["state"], *args)
@@ -304,17 +307,24 @@ def row_of(case: Case, product: Case, count: int, on_cpu: bool) -> dict[str, Any
     )
 
 
+HEAD = (
+    "case",
+    "seeds",
+    "updates/s",
+    "per core-second",
+    "spread",
+    "MFLOP",
+    "of peak",
+    "compile, s",
+)
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| case | seeds | updates/s | per core-second | spread | MFLOP | of peak | "
-        "compile, s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [
+        [
             row["case"],
-            row["num_seeds"],
+            str(row["num_seeds"]),
             f"{row['updates_per_second']:.0f}",
             f"{row['updates_per_core_second']:.0f}",
             f"{100 * row['spread']:.0f} %",
@@ -322,8 +332,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{100 * row['of_peak']:.0f} %",
             f"{row['compile_seconds']:.1f}",
         ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return tables.markdown(HEAD, lines)
 
 
 def main() -> None:
@@ -341,10 +352,7 @@ def main() -> None:
             command, env=environment, stdout=subprocess.PIPE, text=True, check=True
         ).stdout
         rows += json.loads(out.splitlines()[-1])
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    print(table(rows))
-    print(options.out)
+    report.publish(rows, table(rows), options.out)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,10 @@ def _actions(rng: Rng, kind: Any, num: int, low: Any, high: Any) -> np.ndarray:
 def write(case: Case, root: Path) -> str:
     """Writes the dataset below `root`; returns what to give as --dataset."""
     if case.kind == "minari":
-        return _write_minari(case, root)
+        write_minari(
+            root / "minari", NAME, case.episodes, case.obs_space, case.action_space
+        )
+        return NAME
     path = root / f"own.{case.kind}"
     if case.kind == "npz":
         np.savez(path, **case.arrays)
@@ -162,26 +165,38 @@ def write(case: Case, root: Path) -> str:
     return str(path)
 
 
-def _write_minari(case: Case, root: Path) -> str:
-    data = root / "minari" / NAME / "data"
+def write_minari(
+    root: Path,
+    dataset_id: str,
+    episodes: list[Arrays],
+    obs_space: gym.Space,
+    action_space: gym.Space,
+    **about: Any,
+) -> Path:
+    """Writes a Minari dataset of episodes, dicts of the arrays that HDF5 shall hold.
+
+    Args:
+        root: of Minari's datasets.
+        about: further entries of metadata.json.
+    """
+    data = root / dataset_id / "data"
     data.mkdir(parents=True)
-    steps = [len(episode.get("rewards", ())) for episode in case.episodes]
-    about = {
-        "total_episodes": len(case.episodes),
-        "total_steps": sum(steps),
+    metadata = {
+        "total_episodes": len(episodes),
+        "total_steps": sum(len(episode.get("rewards", ())) for episode in episodes),
         "data_format": "hdf5",
-        "observation_space": serialize_space(case.obs_space),
-        "action_space": serialize_space(case.action_space),
-        "dataset_id": NAME,
+        "observation_space": serialize_space(obs_space),
+        "action_space": serialize_space(action_space),
+        "dataset_id": dataset_id,
         "minari_version": "0.5.4",
     }
-    (data / "metadata.json").write_text(json.dumps(about), encoding="utf-8")
+    (data / "metadata.json").write_text(json.dumps(metadata | about), encoding="utf-8")
     with h5py.File(data / "main_data.hdf5", "w") as file:
-        for number, episode in enumerate(case.episodes):
+        for number, episode in enumerate(episodes):
             group = file.create_group(f"episode_{number}")
             group.attrs["id"] = number
             _write_group(group, episode)
-    return NAME
+    return data.parent
 
 
 def _write_group(group: h5py.Group, content: Arrays) -> None:

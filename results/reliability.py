@@ -31,7 +31,7 @@ from tqdm import tqdm
 if __name__ == "__main__":  # a script finds its neighbours through the repository root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from results import fuzz, store
+from results import fuzz, store, tables
 
 SMALL = ["--hidden-dims", "8", "8", "--batch-size", "16", "--eval-episodes", "2"]
 SMALL += ["--num-morse-updates", "3000"]
@@ -371,9 +371,7 @@ def report(options: Options, root: Path) -> tuple[str, int]:
 def faults_section(tally: Tally) -> list[str]:
     """The table of faults and what they cost."""
     names = {*tally.injected, *tally.failed}
-    kinds = [
-        f"| {k} | {tally.injected[k]} | {tally.failed[k]} |" for k in sorted(names)
-    ]
+    kinds = [[k, str(tally.injected[k]), str(tally.failed[k])] for k in sorted(names)]
     return [
         "## Runs",
         "",
@@ -381,9 +379,7 @@ def faults_section(tally: Tally) -> list[str]:
         "`td3_bst.py` (two seeds, a pretraining, 40 evaluations), each resumed by "
         "`--resume` to its end and compared with an undisturbed run.",
         "",
-        "| fault | injected | failed |",
-        "|---|---|---|",
-        *kinds,
+        tables.markdown(["fault", "injected", "failed"], kinds),
         "",
         f"- stopped by SIGINT or SIGTERM with a checkpoint of the moment, the others "
         f"before the first chunk: {tally.stopped}",

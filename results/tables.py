@@ -283,7 +283,8 @@ def spread(runs: Sequence[Run], column: str, factor: float = 1.0) -> str:
 # -------------------------------------------------------------------------- tables
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown."""
     every = [head, ["---"] * len(head), *lines]
     made = ["| " + " | ".join(line) + " |" for line in every]
     made[1] = made[1].replace(" ", "")
@@ -310,7 +311,7 @@ def quick_table(
         lines.append(line)
     head = ["method", "success, %", "steps to the goal"]
     head += ["IQM of steps [95 %]", "P(fewer steps than BC) [95 %]"]
-    return _markdown(head, lines) if lines else NOT_YET
+    return markdown(head, lines) if lines else NOT_YET
 
 
 def score_table(
@@ -320,16 +321,22 @@ def score_table(
     methods: Sequence[str] = METHODS,
 ) -> str:
     """Scores after `step` updates, a line per dataset; two of the embedded maze."""
-    runs = runs_of(rows)
+    lines = score_lines(runs_of(rows), datasets, step, methods)
+    return markdown(["dataset", *methods], lines)
+
+
+def score_lines(
+    runs: Sequence[Run], datasets: Sequence[str], step: int, methods: Sequence[str]
+) -> list[list[str]]:
+    """Of `score_table`, the label first."""
     lines = [(name, name, "score") for name in datasets if name != EMBEDDED]
     if EMBEDDED in datasets:
         lines.append((EMBEDDED, "embedded maze, success %", "score"))
         lines.append((EMBEDDED, "embedded maze, steps", "length"))
-    cells = [
+    return [
         [label, *(spread(chosen(runs, m, name, step), column) for m in methods)]
         for name, label, column in lines
     ]
-    return _markdown(["dataset", *methods], cells)
 
 
 def standins(rows: Iterable[Row]) -> list[str]:
@@ -342,17 +349,12 @@ SHORTER = {"standin/D4RL/antmaze/umaze-v1": 60_000, EMBEDDED: 20_000}  # updates
 
 def standin_table(rows: Sequence[Row], step: int = 100_000) -> str:
     """Scores on the stand-ins and the embedded maze after `step` updates or fewer."""
-    lines: list[str] = []
+    runs, lines = runs_of(rows), []
     for name in (*standins(rows), EMBEDDED):
         updates = SHORTER.get(name, step)
-        head, rule, *own = score_table(rows, [name], updates).splitlines()
-        lines = lines or [head.replace("| dataset |", "| dataset | updates |", 1)]
-        if len(lines) == 1:
-            lines.append(rule.replace("|---|", "|---|---|", 1))
-        for line in own:
-            label, rest = line.removeprefix("| ").split(" | ", 1)
-            lines.append(f"| {label} | {updates:,} | {rest}")
-    return "\n".join(lines)
+        for label, *cells in score_lines(runs, [name], updates, METHODS):
+            lines.append([label, f"{updates:,}", *cells])
+    return markdown(["dataset", "updates", *METHODS], lines)
 
 
 def factor_rows(rows: Sequence[Row]) -> list[Row]:
@@ -402,7 +404,7 @@ def aggregate_table(
             lines.append([method, iqm(own).text(), f"{mean:.1f}", wins])
     head = ["method", "IQM of score [95 %]", "mean", "P(TD3-BST > method) [95 %]"]
     names = ", ".join(f"`{name}`" for name in common)
-    return f"Over {names}, which all methods have run:\n\n{_markdown(head, lines)}"
+    return f"Over {names}, which all methods have run:\n\n{markdown(head, lines)}"
 
 
 def ablation_table(rows: Sequence[Row]) -> str:
@@ -426,7 +428,7 @@ def ablation_table(rows: Sequence[Row]) -> str:
     if in_maze:
         head[-1] += " (mazes: success, %)"
         head.append("steps to the goal")
-    return _markdown(head, lines) if lines else NOT_YET
+    return markdown(head, lines) if lines else NOT_YET
 
 
 def factor_table(rows: Sequence[Row], step: int) -> str:
@@ -441,7 +443,7 @@ def factor_table(rows: Sequence[Row], step: int) -> str:
         for label in labels
     ]
     head = ["changed", *(f"{d}, {NAMES[figure_column(d)]}" for d in found)]
-    return _markdown(head, lines) if lines else NOT_YET
+    return markdown(head, lines) if lines else NOT_YET
 
 
 def figure_column(dataset: str) -> str:
@@ -490,7 +492,7 @@ def _official(
             ours = "not run here" if own == "-" else own
             line = [dataset, method, ours, "; ".join(published) or "-", f"`{command}`"]
             lines.append(line)
-    return _markdown(["dataset", "method", "ours", "published", "command"], lines)
+    return markdown(["dataset", "method", "ours", "published", "command"], lines)
 
 
 def official_table(rows: Sequence[Row], references: Sequence[Mapping[str, str]]) -> str:
@@ -530,14 +532,14 @@ def cost_table(rates: Sequence[sweeps.Rate]) -> str:
         counts = [str(len(jobs)), str(policies), f"{sweep.num_updates:,}"]
         lines.append([f"`{name}`", *counts, *costs])
     head = ["table", "processes", "policies", "updates of each", *devices]
-    return _markdown(head, lines)
+    return markdown(head, lines)
 
 
 def rate_table(rates: Sequence[sweeps.Rate]) -> str:
     """The measured rates themselves."""
     names = sweeps.RATE_COLUMNS[:-1]
     lines = sorted([rate[name] or "-" for name in names] for rate in rates)
-    return _markdown([name.replace("_", " ") for name in names], lines)
+    return markdown([name.replace("_", " ") for name in names], lines)
 
 
 # --------------------------------------------------------------------------- pages

@@ -1,7 +1,6 @@
 """Builders of tiny datasets, and a home of one's own for tests that load them."""
 
 import atexit
-import json
 import os
 import shutil
 import tempfile
@@ -10,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import h5py
 import minari
 import numpy as np
 import pytest
 from minari.data_collector import EpisodeBuffer
-from minari.serialization import serialize_space
 
 # Before JAX is imported, for this process and for those that tests start.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")
@@ -108,6 +105,7 @@ def arrays_file(tmp_path_factory) -> Path:
 @pytest.fixture
 def write_minari(home: Path) -> Callable[..., Path]:
     """Writes a Minari dataset of episodes, dicts of the arrays that HDF5 shall hold."""
+    from results import fuzz  # imports JAX
 
     def write(
         dataset_id: str,
@@ -118,34 +116,11 @@ def write_minari(home: Path) -> Callable[..., Path]:
         eval_env: str | None = None,
         **about: Any,
     ) -> Path:
-        data = home / "minari" / dataset_id / "data"
-        data.mkdir(parents=True)
-        metadata = {
-            "total_episodes": len(episodes),
-            "total_steps": sum(len(episode["rewards"]) for episode in episodes),
-            "data_format": "hdf5",
-            "observation_space": serialize_space(obs_space),
-            "action_space": serialize_space(action_space),
-            "dataset_id": dataset_id,
-            "minari_version": "0.5.4",
-            **({"env_spec": env} if env else {}),
-            **({"eval_env_spec": eval_env} if eval_env else {}),
-            **about,
-        }
-        (data / "metadata.json").write_text(json.dumps(metadata))
-        with h5py.File(data / "main_data.hdf5", "w") as file:
-            for number, episode in enumerate(episodes):
-                group = file.create_group(f"episode_{number}")
-                group.attrs["id"] = number
-                _write_group(group, episode)
-        return data.parent
+        specs = {"env_spec": env, "eval_env_spec": eval_env}
+        about |= {name: spec for name, spec in specs.items() if spec}
+        root = home / "minari"
+        return fuzz.write_minari(
+            root, dataset_id, episodes, obs_space, action_space, **about
+        )
 
     return write
-
-
-def _write_group(group: h5py.Group, content: dict[str, Any]) -> None:
-    for key, value in content.items():
-        if isinstance(value, dict):
-            _write_group(group.create_group(key), value)
-        else:
-            group.create_dataset(key, data=np.asarray(value))

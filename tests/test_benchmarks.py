@@ -68,7 +68,7 @@ def test_a_runs_time_is_accounted_for(tmp_path):
     assert row["stages"]["training"] > 0
     assert row["stages"]["import, end"] > 0
     assert row["us_per_update"] == 1e6 * row["stages"]["training"] / 4
-    table = end_to_end.table([dict(dataset="random", size=3000) | row])
+    table = end_to_end.table([dict(dataset="random") | row])
     assert "| random | 3,000 | 1 |" in table
     assert len({line.count("|") for line in table.splitlines()}) == 1
 
