@@ -183,7 +183,7 @@ def policy(actor: Params, obs: jax.Array, config: Config) -> jax.Array:
 def q_values(
     critics: Params, obs: jax.Array, action: jax.Array, config: Config
 ) -> jax.Array:
-    """Both critics' Q(s, a), (2, B)."""
+    """Each critic's Q(s, a), (2, B)."""
     apply: Any = Critic(config.hidden_dims, bool(config.critic_layer_norm)).apply
     return jax.vmap(apply, (0, None, None))(critics, obs, action)
 
@@ -219,7 +219,8 @@ def actor_loss(
     """L_pi: alpha Q_1 / Z_Q against the mean squared distance to the data's action."""
     action = policy(actor, batch.obs, config)
     chex.assert_equal_shape([action, batch.action])
-    q = q_values(critics, batch.obs, action, config)[0]
+    asked = jax.tree.map(lambda x: x[:1], critics)
+    q = q_values(asked, batch.obs, action, config)[0]
     z_q = jax.lax.stop_gradient(jnp.abs(q).mean())
     distance = jnp.square(action - batch.action).sum(axis=-1)  # (B,)
     loss = distance.mean() / action.shape[-1] - alpha * q.mean() / z_q

@@ -215,7 +215,7 @@ def policy(actor: Params, obs: jax.Array, config: Config) -> jax.Array:
 def q_values(
     critics: Params, obs: jax.Array, action: jax.Array, config: Config
 ) -> jax.Array:
-    """Both critics' Q(s, a), (2, B)."""
+    """Each critic's Q(s, a), (2, B)."""
     apply: Any = Critic(config.hidden_dims, bool(config.critic_layer_norm)).apply
     return jax.vmap(apply, (0, None, None))(critics, obs, action)
 
@@ -264,7 +264,8 @@ def actor_loss(
     """L_pi: Q / Z_Q against omega times the squared distance to the data's action."""
     action = policy(actor, batch.obs, config)
     chex.assert_equal_shape([action, batch.action])
-    q = q_values(critics, batch.obs, action, config)[: config.actor_critics].min(axis=0)
+    asked = jax.tree.map(lambda x: x[: config.actor_critics], critics)
+    q = q_values(asked, batch.obs, action, config).min(axis=0)
     z_q = jax.lax.stop_gradient(jnp.abs(q).mean())
     judged = action if config.supervisor_gradient else jax.lax.stop_gradient(action)
     omega, uncertainty = supervisor(bst, batch.obs, judged, config)

@@ -44,6 +44,7 @@ class Options:
     methods: tuple[Method, ...] = ("TD3+BC", "TD3-BST", "IQL", "IQL-BST", "Morse")
     shapes: tuple[str, ...] = ("hopper", "halfcheetah", "antmaze")
     num_seeds: tuple[int, ...] = (1, 2)  # a process each: devices are made at its start
+    cores: int = 0  # at most so many; 0: all
     num_updates: int = 1000  # of a round, one compiled scan
     rounds: int = 7
     num_transitions: int = 100_000
@@ -55,6 +56,8 @@ class Options:
             raise ValueError(f"shapes are of {', '.join(SHAPES)}, not {unknown}")
         if self.num_updates % 2 or self.num_updates < 2:
             raise ValueError(f"num_updates must be even, got {self.num_updates}")
+        if self.cores < 0:
+            raise ValueError(f"cores must not be negative, got {self.cores}")
         if min(self.rounds, self.num_transitions, *self.num_seeds) < 1:
             raise ValueError("rounds, transitions and seeds must be at least 1")
 
@@ -342,6 +345,9 @@ def main() -> None:
     options = tyro.cli(Options, description=(__doc__ or "").split("\n\n")[0])
     inside = os.environ.get("THROUGHPUT_SEEDS")
     if inside:
+        if options.cores:  # before JAX starts
+            own = sorted(os.sched_getaffinity(0))[-options.cores :]
+            os.sched_setaffinity(0, own)
         print(json.dumps(measure(int(inside), options)))
         return
     rows = []
