@@ -13,13 +13,26 @@ from jax.sharding import PartitionSpec as P
 
 
 def use_cores(num_lanes: int) -> None:
-    """Makes one host device per lane, at most one per core.
+    """Makes host devices for the lanes, at most one per core.
 
     Does nothing once JAX has started; then the devices are what they are.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", max(1, min(cores, num_lanes)))
+        jax.config.update("jax_num_cpu_devices", host_devices(num_lanes, cores))
+
+
+def host_devices(num_lanes: int, cores: int) -> int:
+    """The most devices, half the cores at least, that share the lanes evenly.
+
+    Else the fewest that need no more turns. A device with fewer lanes than another
+    repeats one, which costs more than cores that help each other with a lane.
+    """
+    for count in range(min(num_lanes, cores), (cores - 1) // 2, -1):
+        if num_lanes % count == 0:
+            return count
+    turns = -(-num_lanes // cores)
+    return -(-num_lanes // turns)
 
 
 def mesh(num_lanes: int) -> Mesh:

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from minari.data_collector import EpisodeBuffer
 
-# Before JAX is imported, for this process and for those that tests start.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")
+# Before JAX is imported, for this process and for those that tests start; the workers
+# of pytest-xdist take the cache of the process that started them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_PLATFORMS"] = "cpu"  # bit for bit means: the same program
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 
 STANDINS = Path(__file__).parents[2] / "shared" / "datasets"
 

@@ -122,6 +122,23 @@ def test_padded_lanes_repeat_the_last_seed(two_devices: dict[str, Any]):
 
 
 @pytest.mark.parametrize(
+    ("lanes", "cores", "expected"),
+    [
+        (1, 2, 1),
+        (2, 2, 2),
+        (3, 2, 1),  # one after the other, each on both cores: 3 turns, not 4 halves
+        (6, 4, 3),
+        (5, 4, 3),  # two turns, one lane repeated
+        (3, 16, 3),
+        (17, 16, 9),
+        (4, 1, 1),
+    ],
+)
+def test_devices_share_the_lanes_evenly_where_they_can(lanes, cores, expected):
+    assert seeds.host_devices(lanes, cores) == expected
+
+
+@pytest.mark.parametrize(
     ("group", "devices", "expected"),
     [
         ([5], 1, [5]),
