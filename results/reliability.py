@@ -317,12 +317,15 @@ def same_bits(root: Path) -> dict[str, int]:
             runs = root / f"{script}{number}"
             net = [] if script == "td3_bc" else NET
             args = [str(store.ROOT / f"{script}.py"), *SHORT, *net]
-            place = {"JAX_COMPILATION_CACHE_DIR": str(root / cache)} if cache else {}
+            place = {"JAX_ENABLE_COMPILATION_CACHE": str(bool(cache)).lower()}
+            place |= {"JAX_COMPILATION_CACHE_DIR": str(root / cache)} if cache else {}
             place["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
             with environment(**place):
                 command = [sys.executable, *args, "--run-dir", str(runs)]
                 subprocess.run(command, check=True, capture_output=True)
             folders.append(contents(next(runs.iterdir())))
+        if not any((root / "cache").iterdir()):
+            raise SystemExit(f"error: {script}.py left nothing in the cache")
         first, *others = folders
         differ[script] = sum(
             first.get(name) != other.get(name)
