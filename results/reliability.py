@@ -308,31 +308,32 @@ def environment(**values: str) -> Iterator[None]:
         os.environ.update(before)
 
 
-def same_bits(root: Path) -> dict[str, int]:
-    """Files that differ between runs of one seed: twice plainly, twice with a cache."""
-    differ = {}
-    for script in ("td3_bst", "td3_bc", "iql_bst"):
-        folders = []
-        for number, cache in enumerate(("", "", "cache", "cache")):
-            runs = root / f"{script}{number}"
-            net = [] if script == "td3_bc" else NET
-            args = [str(store.ROOT / f"{script}.py"), *SHORT, *net]
-            place = {"JAX_ENABLE_COMPILATION_CACHE": str(bool(cache)).lower()}
-            place |= {"JAX_COMPILATION_CACHE_DIR": str(root / cache)} if cache else {}
-            place["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-            with environment(**place):
-                command = [sys.executable, *args, "--run-dir", str(runs)]
-                subprocess.run(command, check=True, capture_output=True)
-            folders.append(contents(next(runs.iterdir())))
-        if not any((root / "cache").iterdir()):
+def same_bits(script: str, root: Path, caches: tuple[str, ...]) -> int:
+    """Files that differ between runs of one seed.
+
+    Args:
+        caches: of each run, the folder in `root` for compiled programs; "": none.
+    """
+    folders = []
+    for number, cache in enumerate(caches):
+        runs = root / f"{script}{number}"
+        net = [] if script == "td3_bc" else NET
+        args = [str(store.ROOT / f"{script}.py"), *SHORT, *net]
+        place = {"JAX_ENABLE_COMPILATION_CACHE": str(bool(cache)).lower()}
+        place |= {"JAX_COMPILATION_CACHE_DIR": str(root / cache)} if cache else {}
+        place["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        with environment(**place):
+            command = [sys.executable, *args, "--run-dir", str(runs)]
+            subprocess.run(command, check=True, capture_output=True)
+        if cache and not any((root / cache).iterdir()):
             raise SystemExit(f"error: {script}.py left nothing in the cache")
-        first, *others = folders
-        differ[script] = sum(
-            first.get(name) != other.get(name)
-            for other in others
-            for name in {*first, *other}
-        )
-    return differ
+        folders.append(contents(next(runs.iterdir())))
+    first, *others = folders
+    return sum(
+        first.get(name) != other.get(name)
+        for other in others
+        for name in {*first, *other}
+    )
 
 
 def memory(root: Path, evaluations: int) -> dict[int, float]:
@@ -364,7 +365,8 @@ def report(options: Options, root: Path) -> tuple[str, int]:
     tally = inject(options, root) if options.faults else Tally()
     lines += faults_section(tally) if options.faults else []
     lines += data_section(*generate(options))
-    differ = same_bits(root)
+    caches = ("", "", "cache", "cache")
+    differ = {name: same_bits(name, root, caches) for name in store.SCRIPTS}
     lines += bits_section(differ)
     if options.evaluations:
         lines += memory_section(memory(root, options.evaluations))

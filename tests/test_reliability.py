@@ -20,7 +20,7 @@ import td3_bst
 from common import checkpoint, divergence, rollout, run
 from common.errors import UserError
 from common.signals import Stopped
-from results import reliability
+from results import reliability, store
 
 PARTS = ("checkpoint", "policy", "morse")
 
@@ -391,6 +391,14 @@ def test_an_evaluation_of_which_nothing_is_left_has_no_score(monkeypatch):
     result = rollout.Evaluator(task_of(), 1, 3).run(constant_policy(0.0), [0], 10)
     assert len(result.failed) == 3
     assert all(np.isnan(value) for value in result.means(0).values())
+
+
+# ------------------------------------------------------------------------------ bits
+
+
+@pytest.mark.parametrize("script", store.SCRIPTS)
+def test_bits_are_the_same_with_and_without_kept_programs(script, tmp_path):
+    assert reliability.same_bits(script, tmp_path, ("", "cache", "cache")) == 0
 
 
 # -------------------------------------------------------------------------- the harness
