@@ -76,7 +76,8 @@ def run(options: Options, dataset: list[str], seeds: int, root: Path) -> dict[st
     args += ["--num-morse-updates", str(options.num_morse_updates)]
     command = [sys.executable, str(ROOT / f"{options.script}.py"), *args]
     begin = time.perf_counter()
-    place = {"XDG_CACHE_HOME": str(root / "cache")} if dataset else {}
+    place = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    place |= {"XDG_CACHE_HOME": str(root / "cache")} if dataset else {}
     done = subprocess.run(
         command,
         capture_output=True,

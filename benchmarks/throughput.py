@@ -44,7 +44,7 @@ class Options:
     methods: tuple[Method, ...] = ("TD3+BC", "TD3-BST", "IQL", "IQL-BST", "Morse")
     shapes: tuple[str, ...] = ("hopper", "halfcheetah", "antmaze")
     num_seeds: tuple[int, ...] = (1, 2)  # a process each: devices are made at its start
-    cores: int = 0  # at most so many; 0: all
+    cores: int = 0  # at most so many, on Linux; 0: all
     num_updates: int = 1000  # of a round, one compiled scan
     rounds: int = 7
     num_transitions: int = 100_000
@@ -56,8 +56,8 @@ class Options:
             raise ValueError(f"shapes are of {', '.join(SHAPES)}, not {unknown}")
         if self.num_updates % 2 or self.num_updates < 2:
             raise ValueError(f"num_updates must be even, got {self.num_updates}")
-        if self.cores < 0:
-            raise ValueError(f"cores must not be negative, got {self.cores}")
+        if self.cores < 0 or (self.cores and not hasattr(os, "sched_setaffinity")):
+            raise ValueError(f"cores must be 0, or on Linux above, got {self.cores}")
         if min(self.rounds, self.num_transitions, *self.num_seeds) < 1:
             raise ValueError("rounds, transitions and seeds must be at least 1")
 
@@ -346,6 +346,7 @@ def main() -> None:
     inside = os.environ.get("THROUGHPUT_SEEDS")
     if inside:
         if options.cores:  # before JAX starts
+            # The last ones: interrupts and other work prefer the first.
             own = sorted(os.sched_getaffinity(0))[-options.cores :]
             os.sched_setaffinity(0, own)
         print(json.dumps(measure(int(inside), options)))

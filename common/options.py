@@ -25,7 +25,7 @@ class RunOptions:
     seed: int = 0  # the first seed
     num_seeds: int = 1  # train seeds seed, seed + 1, ... side by side
     num_updates: int | None = None  # critic updates; unset: 20000 embedded, else 1M
-    num_morse_updates: int | None = None  # unset: 5000 embedded, else 20000
+    num_morse_updates: int | None = None  # unset: 8000 embedded, else 20000
     eval_every: int | None = None  # critic updates; unset: 5000, other mazes 50000
     eval_episodes: int | None = None  # per seed; unset: 100 in mazes, else 10; 0: none
     eval_map: Literal["auto", "collection", "metadata"] = "auto"  # maze to evaluate in
@@ -91,7 +91,7 @@ def resolve(options: RunOptions, dataset: Dataset, policy_delay: int) -> RunOpti
     maze = dataset.task is not None and dataset.task.ends_at_success
     defaults = dict(
         num_updates=20_000 if embedded else 1_000_000,
-        num_morse_updates=5_000 if embedded else 20_000,
+        num_morse_updates=8_000 if embedded else 20_000,
         eval_every=50_000 if maze and not embedded else 5_000,
         eval_episodes=100 if maze else 10,
     )

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import morse
-from common import checkpoint, divergence, plots, programs, report, rollout, seeds
+from common import checkpoint, divergence, plots, report, rollout, seeds
 from common.datasets import Dataset
 from common.errors import UserError
 from common.options import RunOptions, to_json
@@ -43,7 +43,6 @@ def guarded(main: Callable[[], None]) -> None:
     2 after a UserError, 128 + its number after a signal.
     """
     SIGNALS.install()
-    programs.keep()
     try:
         main()
     except UserError as error:

@@ -313,20 +313,26 @@ def same_bits(script: str, root: Path, caches: tuple[str, ...]) -> int:
 
     Args:
         caches: of each run, the folder in `root` for compiled programs; "": none.
+
+    Raises:
+        SystemExit: a later run with the folder of an earlier one compiled anew.
     """
-    folders = []
+    folders, kept = [], {}
     for number, cache in enumerate(caches):
         runs = root / f"{script}{number}"
         net = [] if script == "td3_bc" else NET
         args = [str(store.ROOT / f"{script}.py"), *SHORT, *net]
         place = {"JAX_ENABLE_COMPILATION_CACHE": str(bool(cache)).lower()}
-        place |= {"JAX_COMPILATION_CACHE_DIR": str(root / cache)} if cache else {}
+        programs = root / f"{script}-{cache}"
+        place |= {"JAX_COMPILATION_CACHE_DIR": str(programs)} if cache else {}
         place["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         with environment(**place):
             command = [sys.executable, *args, "--run-dir", str(runs)]
             subprocess.run(command, check=True, capture_output=True)
-        if cache and not any((root / cache).iterdir()):
-            raise SystemExit(f"error: {script}.py left nothing in the cache")
+        if cache:
+            found = {path.name for path in programs.glob("*-cache")}
+            if not found or found != kept.setdefault(cache, found):
+                raise SystemExit(f"error: {script}.py did not use {programs}")
         folders.append(contents(next(runs.iterdir())))
     first, *others = folders
     return sum(

@@ -360,7 +360,7 @@ def seconds(job: Job, rates: Sequence[Rate], device: str) -> float | None:
     options = dict(job.options)
     updates = int(options["num_updates"])
     embedded, maze = job.dataset == EMBEDDED, "maze" in job.dataset
-    morse = int(options.get("num_morse_updates", 5000 if embedded else 20_000))
+    morse = int(options.get("num_morse_updates", 8000 if embedded else 20_000))
     every = int(options.get("eval_every", 50_000 if maze and not embedded else 5000))
     lanes = rounds(job.lanes, device) / rounds(int(rate["lanes"]), device)
     lanes *= int(rate["lanes"])  # at the rate of those measured

@@ -328,7 +328,7 @@ def score_table(
 def score_lines(
     runs: Sequence[Run], datasets: Sequence[str], step: int, methods: Sequence[str]
 ) -> list[list[str]]:
-    """Of `score_table`, the label first."""
+    """A line's label and a cell per method, see `score_table`."""
     lines = [(name, name, "score") for name in datasets if name != EMBEDDED]
     if EMBEDDED in datasets:
         lines.append((EMBEDDED, "embedded maze, success %", "score"))

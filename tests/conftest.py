@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from minari.data_collector import EpisodeBuffer
 
-# Before JAX is imported, for this process and for those that tests start; the workers
-# of pytest-xdist take the cache of the process that started them.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# Before JAX is imported, for this process and for those that tests start; a worker of
+# pytest-xdist has a cache of its own in that of the process that started it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += "/" + os.environ["PYTEST_XDIST_WORKER"]
+else:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

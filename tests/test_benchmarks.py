@@ -58,6 +58,14 @@ def test_cases_are_measured():
     assert "TD3+BC hopper | 1 |" in throughput.table(rows)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"cores": -1}, {"shapes": ("walker",)}, {"num_updates": 3}, {"rounds": 0}]
+)
+def test_what_cannot_be_measured_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        throughput.Options(**wrong)
+
+
 def test_a_runs_time_is_accounted_for(tmp_path):
     options = end_to_end.Options(script="td3_bc", num_updates=4, num_morse_updates=0)
     end_to_end.write_dataset(tmp_path / "own.npz", 3000)

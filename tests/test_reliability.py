@@ -397,7 +397,7 @@ def test_an_evaluation_of_which_nothing_is_left_has_no_score(monkeypatch):
 
 
 @pytest.mark.parametrize("script", store.SCRIPTS)
-def test_bits_are_the_same_with_and_without_kept_programs(script, tmp_path):
+def test_bits_are_the_same_with_and_without_compiling(script, tmp_path):
     assert reliability.same_bits(script, tmp_path, ("", "cache", "cache")) == 0
 
 

@@ -126,15 +126,17 @@ def test_padded_lanes_repeat_the_last_seed(two_devices: dict[str, Any]):
     [
         (1, 2, 1),
         (2, 2, 2),
-        (3, 2, 1),  # one after the other, each on both cores: 3 turns, not 4 halves
+        (3, 2, 1),  # three turns on both cores, not two with a lane repeated
+        (9, 2, 2),  # where that is one of ten
         (6, 4, 3),
-        (5, 4, 3),  # two turns, one lane repeated
+        (5, 4, 3),
+        (15, 8, 8),
         (3, 16, 3),
         (17, 16, 9),
         (4, 1, 1),
     ],
 )
-def test_devices_share_the_lanes_evenly_where_they_can(lanes, cores, expected):
+def test_devices_are_as_many_as_finish_first(lanes, cores, expected):
     assert seeds.host_devices(lanes, cores) == expected
 
 
