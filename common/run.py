@@ -284,7 +284,8 @@ class Run:
         except Timeout as error:
             raise UserError(f"another process is at work in {folder}") from error
         own = to_json(dataclasses.replace(self.options, resume=None))
-        now = dict(versions=versions(), commit=commit())
+        # Now: the files may be others by the end of a long run.
+        now = self.code = dict(versions=versions(), commit=commit())
         content = dict(algorithm=self.algorithm, options=own)
         content |= dict(config=to_json(self.config), dataset=about, **now)
         if resume is not None:  # what the run began with stays
@@ -764,9 +765,8 @@ class Run:
                 wall=wall,
                 updates_per_second=rate,
                 options=to_json(self.options) | to_json(self.config),
-                versions=versions(),
                 device=jax.devices()[0].device_kind,
-                commit=commit(),
+                **self.code,
             ),
         )
 

@@ -47,7 +47,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
-def test_a_run_leaves_what_it_promises(capsys, tmp_path, pendulum):
+def test_a_run_leaves_what_it_promises(capsys, tmp_path, pendulum, monkeypatch):
+    commits = iter(["at its start", "later"])  # somebody pulls meanwhile
+    monkeypatch.setattr("common.run.commit", lambda: next(commits))
     begin = time.perf_counter()
     folder = train(
         capsys,
@@ -68,6 +70,7 @@ def test_a_run_leaves_what_it_promises(capsys, tmp_path, pendulum):
     result = json.loads((folder / "result.json").read_text())
     assert result["algorithm"] == "td3_bst"
     assert result["seeds"] == [5, 6]
+    assert result["commit"] == "at its start"
     assert result["returns"] == [float(r["return"]) for r in log[2:]]
     assert result["updates_per_second"] > 0
     for name in ("scores", "success", "wall", "eval_map", "options", "versions"):
