@@ -169,18 +169,18 @@ def test_bad_sweeps_are_refused(changes: dict, message: str):
 
 
 def test_cost_is_measured_rate_times_updates():
-    # 4 lanes x (6,000 / 400 + 5,000 / 1,000) + 3 x .5 + 7 = 88.5 seconds. On 2 cores
-    # 5 lanes take as long as 6: 40 seconds more.
+    # 4 lanes x (6,000 / 400 + 8,000 / 1,000) + 3 x .5 + 7 = 100.5 seconds. On 2 cores
+    # 5 lanes take as long as 6: 46 seconds more.
     sweep = replace(QUICK, methods=("TD3-BST",), set=())
     (job,) = sweeps.jobs(sweep, {})
     values = ["cpu", "TD3-BST", "pointmaze", "4", "400", "1000", "0.5", "7", "c"]
     rate = dict(zip(sweeps.RATE_COLUMNS, values, strict=True))
     other = rate | {"domain": "locomotion", "updates_per_second": "1"}
-    assert sweeps.seconds(job, [other, rate], "cpu") == pytest.approx(88.5)
+    assert sweeps.seconds(job, [other, rate], "cpu") == pytest.approx(100.5)
     assert sweeps.seconds(job, [rate], "gpu") is None
     five, cores = replace(job, seeds=(0, 1, 2, 3, 4)), {"device": "cpu, 2 cores"}
-    assert sweeps.seconds(five, [rate | cores], "cpu, 2 cores") == pytest.approx(128.5)
-    assert sweeps.total([job, job], [rate]) == {"cpu": pytest.approx(177)}
+    assert sweeps.seconds(five, [rate | cores], "cpu, 2 cores") == pytest.approx(146.5)
+    assert sweeps.total([job, job], [rate]) == {"cpu": pytest.approx(201)}
     (bc,) = sweeps.jobs(replace(QUICK, methods=("BC",)), {})
     assert sweeps.total([job, bc], [rate]) == {"cpu": None}
 
