@@ -18,7 +18,6 @@ from common.transitions import (
 )
 
 GENERATED = "td3-bst/"  # namespace of the datasets that this project generates
-EMBEDDED = "td3-bst/pointmaze/zigzag-v0"  # what is trained on if nothing is named
 EXPECTED = (
     "expected a Minari id (mujoco/hopper/medium-v0), a D4RL name (hopper-medium-v2), "
     "the path of an .hdf5 or .npz file, or several of them joined by +"

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from common import checkpoint
-from common.datasets import EMBEDDED, Dataset
+from common import checkpoint, defaults
+from common.datasets import Dataset
+from common.defaults import EMBEDDED
 from common.errors import UserError
 
 
@@ -89,13 +90,8 @@ def resolve(options: RunOptions, dataset: Dataset, policy_delay: int) -> RunOpti
     """Fills in what is unset; counts become multiples of `policy_delay`, and say so."""
     embedded = dataset.name == EMBEDDED
     maze = dataset.task is not None and dataset.task.ends_at_success
-    defaults = dict(
-        num_updates=20_000 if embedded else 1_000_000,
-        num_morse_updates=8_000 if embedded else 20_000,
-        eval_every=50_000 if maze and not embedded else 5_000,
-        eval_episodes=100 if maze else 10,
-    )
-    unset = {k: v for k, v in defaults.items() if getattr(options, k) is None}
+    counts = defaults.counts(embedded, maze)
+    unset = {k: v for k, v in counts.items() if getattr(options, k) is None}
     options = dataclasses.replace(options, **unset)
     if dataset.task is None:
         options = dataclasses.replace(options, eval_episodes=0)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from common import defaults
+from common.defaults import EMBEDDED
 from results import store
 
-EMBEDDED = "td3-bst/pointmaze/zigzag-v0"
 D4RL = tuple(
     f"{agent}-{kind}-v2"
     for agent in ("halfcheetah", "hopper", "walker2d")
@@ -357,11 +358,12 @@ def seconds(job: Job, rates: Sequence[Rate], device: str) -> float | None:
         return None
     domain = domain_of(job.dataset)
     rate = min(near, key=lambda r: r["domain"] != domain)  # the first of these
-    options = dict(job.options)
-    updates = int(options["num_updates"])
-    embedded, maze = job.dataset == EMBEDDED, "maze" in job.dataset
-    morse = int(options.get("num_morse_updates", 8000 if embedded else 20_000))
-    every = int(options.get("eval_every", 50_000 if maze and not embedded else 5000))
+    unset = defaults.counts(job.dataset == EMBEDDED, "maze" in job.dataset)
+    options = unset | dict(job.options)
+    updates, morse, every = (
+        int(options[name])
+        for name in ("num_updates", "num_morse_updates", "eval_every")
+    )
     lanes = rounds(job.lanes, device) / rounds(int(rate["lanes"]), device)
     lanes *= int(rate["lanes"])  # at the rate of those measured
     spent = float(rate["seconds_besides"])

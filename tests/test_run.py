@@ -20,7 +20,7 @@ import iql_bst
 import td3_bc
 import td3_bst
 from common import checkpoint, datasets, maze, options, rollout, run
-from common.datasets import EMBEDDED
+from common.defaults import EMBEDDED
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
