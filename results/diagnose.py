@@ -9,7 +9,9 @@ For every policy of a finished run of td3_bst.py, td3_bc.py or iql_bst.py:
   sits on the box's faces; how far out M stays large, in random directions and along Q's
   gradient; uniform actions and corners that M holds for certain;
 - in roll-outs: how certain and how far from the data the visited states are, and
-  Q_1(s, pi(s)) beside the return that really followed.
+  Q_1(s, pi(s)) beside the return that really followed;
+- where asked, and where the simulator can be put into the data's states: whether Q
+  orders actions as what follows them does.
 
 Writes `diagnosis.csv`, a row per policy, and `diagnosis.png` (the first policy's) into
 the run's folder, and prints the rows.
@@ -33,6 +35,7 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.spatial import KDTree
+from scipy.stats import rankdata
 
 if __name__ == "__main__":  # a script finds its neighbours through the repository root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -50,6 +53,9 @@ NEIGHBOURS = 50  # states whose actions count as the data's at a state
 KNOWN = 50_000  # most transitions among which neighbours are looked for
 UNIFORM = 64  # uniform actions, and corners, per state
 SETTLED = 0.05  # what may be missing of a discounted return, as a share of gamma^t
+AHEAD = (1, 3, 10, 30, 100, 400)  # steps after which Q says what is still to come
+RIVALS = 10  # actions that are compared at a state
+SPREAD = 0.2  # their standard deviation around the policy's action
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,11 @@ class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # their folders
     episodes: int = 10  # roll-outs per policy; 0: none
     points: int = 2000  # states of the data to look at
+    order: int = 0  # of these, to compare actions at; 100: about a minute
 
     def __post_init__(self) -> None:
-        if self.episodes < 0 or self.points < 1:
-            raise ValueError("episodes must be at least 0 and points at least 1")
+        if min(self.episodes, self.order) < 0 or self.points < 1:
+            raise ValueError("episodes and order must be at least 0, points at least 1")
 
 
 @dataclass(frozen=True)
@@ -248,15 +255,19 @@ def on_data(
 # ======================================================================= In roll-outs
 
 
+def only(policy: rollout.NumpyPolicy, number: int) -> rollout.NumpyPolicy:
+    """Policy `number` alone."""
+    own = slice(number, number + 1)
+    layers = tuple((weight[own], bias[own]) for weight, bias in policy.layers)
+    return dataclasses.replace(policy, layers=layers)
+
+
 def play(
-    policy: rollout.NumpyPolicy, number: int, dataset: Dataset, episodes: int
+    own: rollout.NumpyPolicy, dataset: Dataset, episodes: int
 ) -> list[dict[str, Any]]:
-    """Episodes of policy `number`: observations (T, S), rewards (T,), how they end."""
+    """A policy's episodes: observations (T, S), rewards (T,), how they end."""
     assert dataset.task is not None
-    layers = tuple(
-        (w[number : number + 1], b[number : number + 1]) for w, b in policy.layers
-    )
-    own, task = dataclasses.replace(policy, layers=layers), dataset.task
+    task = dataset.task
     env, played = make_env(task), []
     for episode in range(episodes):
         obs, rewards, terminal = [], [], False
@@ -312,6 +323,107 @@ def on_rollouts(
     }
     time = np.concatenate([np.arange(len(e["reward"])) for e in played])
     return scalars, {"q": q, "true": true, "away": away, "time": time, "visited": sure}
+
+
+# ================================================================== Order of actions
+
+
+def put(env: Any, obs: np.ndarray) -> bool:
+    """Puts a MuJoCo environment into an observed state; whether that worked.
+
+    Args:
+        obs: (S,) positions, without the first ones where the agent is not to know how
+            far it has come (taken as 0), then velocities, as Hopper has them.
+    """
+    sim = env.unwrapped
+    if not hasattr(sim, "model"):
+        return False
+    model = sim.model
+    unseen = model.nq + model.nv - len(obs)
+    if not 0 <= unseen <= 2:
+        return False
+    position, velocity = np.split(obs.astype(np.float64), [model.nq - unseen])
+    sim.set_state(np.concatenate([np.zeros(unseen), position]), velocity)
+    return np.allclose(sim._get_obs(), obs, atol=1e-4)
+
+
+def futures(
+    env: Any, own: rollout.NumpyPolicy, action: np.ndarray, config: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What follows an action (A,), in the environment's units, and then the policy.
+
+    Returns:
+        For each of AHEAD the discounted rewards until then (H,), the observation (H, S)
+        and its discount (H,), 0 after the episode's end.
+    """
+    sums, seen, left = [], [], []
+    total, discount, terminal = 0.0, 1.0, False
+    obs = np.zeros(0)
+    for step in range(1, AHEAD[-1] + 1):
+        if not terminal:
+            obs, reward, terminal, *_ = env.unwrapped.step(action)
+            total += discount * (config.reward_scale * reward + config.reward_shift)
+            discount *= config.discount
+            action = own(np.asarray(obs, np.float32)[None, None])[0, 0]
+        if step in AHEAD:
+            sums.append(total)
+            seen.append(obs)
+            left.append(0.0 if terminal else discount)
+    return np.array(sums), np.array(seen), np.array(left)
+
+
+def agreement(one: np.ndarray, other: np.ndarray) -> float:
+    """Rank correlation of two values (B, K) of actions, each less its state's mean.
+
+    Not a number where one of them tells no action from another.
+    """
+    centred = [(x - x.mean(axis=1, keepdims=True)).ravel() for x in (one, other)]
+    if not all(np.ptp(x) > 0 for x in centred):
+        return float("nan")
+    return float(np.corrcoef(*map(rankdata, centred))[0, 1])
+
+
+def on_order(
+    lane: Lane, own: rollout.NumpyPolicy, raw: np.ndarray, norm: Any, dataset: Dataset
+) -> dict[str, float]:
+    """How Q_1 orders actions near the policy's, and how what follows them does.
+
+    Args:
+        raw: (B, S) states of the data.
+    Returns:
+        For each h of AHEAD, `order_h`: the agreement of Q_1(s, a) with the rewards of h
+        steps and Q_1(s_h, pi(s_h)) after them; `ahead_h`: that of the latter with the
+        same after the longest h, which is next to nothing but rewards. Empty where the
+        simulator cannot be put into the data's states.
+    """
+    assert dataset.task is not None
+    env, rng = make_env(dataset.task), np.random.default_rng(0)
+    env.reset(seed=0)
+    raw = raw[[put(env, obs) for obs in raw]]
+    if len(raw) < 2:
+        env.close()
+        return {}
+    chosen = np.asarray(lane.policy(norm(raw)))
+    shape = (len(raw), RIVALS, chosen.shape[-1])
+    rivals = np.clip(chosen[:, None] + SPREAD * rng.normal(size=shape), -1, 1)
+    low, high = dataset.action_low, dataset.action_high
+    found = []
+    for obs, actions in zip(raw, low + (rivals + 1) / 2 * (high - low), strict=True):
+        for action in actions:
+            put(env, obs)
+            found.append(futures(env, own, action.astype(np.float32), lane.config))
+    env.close()
+    sums, seen, left = (np.array(x) for x in zip(*found, strict=True))  # (B K, H, ...)
+    later = norm(seen.reshape(-1, seen.shape[-1]))
+    value = np.asarray(lane.q(later, lane.policy(later))).reshape(left.shape)
+    truth = (sums + left * value).reshape(*shape[:2], -1)
+    asked = np.repeat(norm(raw), RIVALS, axis=0), rivals.reshape(-1, shape[-1])
+    q = np.asarray(lane.q(*asked)).reshape(shape[:2])
+    return {
+        f"{name}_{steps}": agreement(value, truth[..., i])
+        for name, value in (("order", q), ("ahead", truth[..., -1]))
+        for i, steps in enumerate(AHEAD)
+    }
 
 
 # ============================================================================ Picture
@@ -396,10 +508,13 @@ def diagnose(folder: Path, options: Options) -> list[dict[str, Any]]:
     for i, lane in enumerate(lanes):
         row, arrays = on_data(lane, obs, action, known, rng)
         if options.episodes and dataset.task is not None:
-            played = play(policy, i, dataset, options.episodes)
+            played = play(only(policy, i), dataset, options.episodes)
             more, seen_there = on_rollouts(lane, played, norm, known)
             row, arrays = row | more, arrays | seen_there
         row["state_distance_data"] = float(np.median(own[:, 1]))
+        if options.order:
+            raw = np.asarray(dataset.obs)[kept[: options.order]]
+            row |= on_order(lane, only(policy, i), raw, norm, dataset)
         rows.append({"run": folder.name, "policy": lane.label} | row)
         first = first or arrays
     text = io.StringIO()

@@ -4,7 +4,9 @@ import csv
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -53,6 +55,75 @@ def test_nearest_action_of_the_states_nearby():
     assert far == pytest.approx(0.015**2)
 
 
+@pytest.mark.parametrize("agent", ["Hopper-v5", "HalfCheetah-v5", "Walker2d-v5"])
+def test_a_simulator_put_back_goes_on_as_it_did(agent):
+    env = gym.make(agent)
+    env.action_space.seed(0)
+    seen, _ = env.reset(seed=1)
+    for _ in range(8):  # slowly: beyond 10 a velocity is not shown
+        seen, *_ = env.step(0.1 * env.action_space.sample())
+    action = env.action_space.sample()
+    followed = env.step(action)[:3]
+    env.reset(seed=2)
+    assert diagnose.put(env, np.asarray(seen, np.float32))
+    again = env.step(action)[:3]
+    assert np.allclose(again[0], followed[0], atol=1e-3)
+    assert again[1] == pytest.approx(followed[1], abs=1e-3)
+    env.close()
+
+
+def test_a_simulator_that_shows_something_else_is_left_alone():
+    env = gym.make("Hopper-v5")
+    seen, _ = env.reset(seed=0)
+    assert not diagnose.put(env, seen[:-4])  # too little to know the state by
+    seen[-1] = 30.0  # beyond what it shows of a velocity
+    assert not diagnose.put(env, seen)
+    assert not diagnose.put(gym.make("Pendulum-v1"), np.zeros(3))
+    env.close()
+
+
+class Counter:
+    """Adds the action to its state; the reward is the state; ends above 5."""
+
+    unwrapped = property(lambda self: self)
+
+    def __init__(self) -> None:
+        self.state = 1.0
+
+    def step(self, action):
+        self.state += float(action[0])
+        ends = self.state > 5
+        return np.array([self.state]), self.state, ends, False, {}
+
+
+def test_what_follows_an_action_by_hand(monkeypatch):
+    monkeypatch.setattr(diagnose, "AHEAD", (1, 2, 4))
+    config = SimpleNamespace(reward_scale=1.0, reward_shift=-1.0, discount=0.5)
+
+    def one_more(obs: Any) -> Any:
+        return np.ones((*obs.shape[:-1], 1))  # whatever it sees
+
+    own: Any = one_more
+    # From 1 by 2.5 to 3.5, then by ones to 4.5 and 5.5, which is the end: the rewards
+    # less 1 are 2.5, 3.5, 4.5, their sums 2.5, 4.25 and 5.375.
+    sums, seen, left = diagnose.futures(Counter(), own, np.array([2.5]), config)
+    assert sums.tolist() == [2.5, 4.25, 5.375]
+    assert seen.ravel().tolist() == [3.5, 4.5, 5.5]
+    assert left.tolist() == [0.5, 0.25, 0.0]
+
+
+def test_agreement_is_within_a_state():
+    # Two states, 100 apart; within the first in the same order, in the second too.
+    one = np.array([[0.0, 1.0, 2.0], [100.0, 101.0, 102.0]])
+    other = np.array([[70.0, 80.0, 90.0], [1.0, 2.0, 3.0]])
+    assert diagnose.agreement(one, one) == pytest.approx(1)
+    assert diagnose.agreement(one, -one) == pytest.approx(-1)
+    # Centred: -1 0 1 -1 0 1 against -10 0 10 -1 0 1, ranks 1.5 3.5 5.5 twice against
+    # 1 3.5 6 2 3.5 5: 16 / sqrt(16 x 17) by their products and squares about 3.5.
+    assert diagnose.agreement(one, other) == pytest.approx(16 / (16 * 17) ** 0.5)
+    assert math.isnan(diagnose.agreement(one, np.ones((2, 3))))
+
+
 @pytest.mark.parametrize(
     ("script", "more"),
     [
@@ -67,7 +138,7 @@ def test_a_run_has_a_row_per_policy(script, more, capsys, tmp_path, pendulum):
     args = ["--dataset", pendulum, "--run-dir", str(tmp_path), *SMALL, *more]
     script.main([*args, "--eval-episodes", "1"])
     folder = Path(capsys.readouterr().out.splitlines()[-1])
-    options = diagnose.Options((folder,), episodes=2, points=50)
+    options = diagnose.Options((folder,), episodes=2, points=50, order=4)
     diagnose.diagnose(folder, options)
     with (folder / "diagnosis.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -79,6 +150,9 @@ def test_a_run_has_a_row_per_policy(script, more, capsys, tmp_path, pendulum):
             assert 0 < float(row[name]) <= 1
         assert float(row["distance"]) > 0
         assert float(row["rollout_length"]) >= 1
+        assert float(row["ahead_400"]) == pytest.approx(1)
+        for steps in diagnose.AHEAD:
+            assert -1 <= float(row[f"order_{steps}"]) <= 1
         assert bool(row["omega"]) == (script is not td3_bc and "awr" not in more)
         if "--floor" in more:  # the script's own omega, with its floor and its cap
             assert float(row["omega"]) == pytest.approx(0.701, abs=1e-3)
