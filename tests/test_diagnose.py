@@ -56,7 +56,8 @@ def test_nearest_action_of_the_states_nearby():
 
 
 @pytest.mark.parametrize("agent", ["Hopper-v5", "HalfCheetah-v5", "Walker2d-v5"])
-def test_a_simulator_put_back_goes_on_as_it_did(agent):
+def test_a_simulator_put_back_goes_on_as_it_did(agent, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # MuJoCo logs its warnings to where it is
     env = gym.make(agent)
     env.action_space.seed(0)
     seen, _ = env.reset(seed=1)
