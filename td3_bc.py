@@ -44,6 +44,7 @@ class Config:
     discount: float | None = None  # gamma, per step; unset: by domain
     reward_scale: float | None = None  # times the reward; unset: by domain
     reward_shift: float | None = None  # added after scaling; unset: by domain
+    n_step: int | None = None  # rewards before the targets' Q; unset: by domain
     polyak: float | None = None  # tau, the targets' step; unset: by domain
     normalize_obs: bool | None = None  # standardise observations; unset: by domain
     critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
@@ -61,7 +62,7 @@ class Config:
             if isinstance(value, float) and not np.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
         positive = ("actor_learning_rate", "critic_learning_rate")
-        for name in (*positive, "batch_size", "policy_delay", "reward_scale"):
+        for name in (*positive, "batch_size", "policy_delay", "n_step", "reward_scale"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
@@ -84,6 +85,7 @@ LOCOMOTION = {
     "discount": 0.99,
     "reward_scale": 1.0,
     "reward_shift": 0.0,
+    "n_step": 1,
     "polyak": 0.005,
     "normalize_obs": True,
     "critic_layer_norm": False,
@@ -354,6 +356,36 @@ def prepare(
     return Transition._make(arrays), mean, std
 
 
+def n_step(data: Transition, episode: np.ndarray, config: Config) -> Transition:
+    """Joins up to `n_step` rewards of an episode into one; numpy in, numpy out.
+
+    The reward becomes R = sum_k<m gamma^k r_(t+k), m = n_step or what the episode still
+    has, `next_obs` what was observed after them, and `terminal` 1 - gamma^(m-1) (1 -
+    that of the last), so that `td_target` adds gamma^m Q' where the task went on.
+
+    Args:
+        data: as `prepare` returns it, its episodes one after the other, each in order.
+        episode: (N,) which episode a transition is of.
+    """
+    gamma, steps, here = config.discount or 0.0, config.n_step, np.arange(len(episode))
+    if steps in (None, 1):
+        return data
+    is_end = np.diff(episode, append=-1) != 0
+    end = np.flatnonzero(is_end)[np.cumsum(is_end) - is_end]
+    last = np.minimum(here + steps - 1, end)
+    total, to_go = 0.0, np.zeros(len(here) + 1)  # discounted, to the episode's end
+    rewards = np.asarray(data.reward).tolist()
+    for t, ends in reversed(list(enumerate(is_end.tolist()))):
+        to_go[t] = total = rewards[t] + (0.0 if ends else gamma * total)
+    beyond = gamma ** (last - here + 1) * np.where(is_end[last], 0.0, to_go[last + 1])
+    alive = gamma ** (last - here) * (1.0 - np.asarray(data.terminal)[last])
+    return data._replace(
+        reward=(to_go[:-1] - beyond).astype(np.float32),
+        next_obs=np.asarray(data.next_obs)[last],
+        terminal=(1.0 - alive).astype(np.float32),
+    )
+
+
 def train(
     agent: AgentState,
     alpha: jax.Array,
@@ -403,7 +435,7 @@ def main(args: list[str] | None = None) -> None:
     reused = run.reused_networks(options, dataset, mean, lam, net)
     job = run.Run("td3_bc", options, config, dataset, mean, std)
     job.wall["load"] = time.perf_counter() - begin
-    data = job.place(data)
+    data = job.place(n_step(data, dataset.episode, config))
 
     dims = {"obs_dim": dataset.obs_dim, "action_dim": dataset.action_dim}
     agent = job.map(partial(init, **dims, config=config), True)(job.keys(0))

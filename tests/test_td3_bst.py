@@ -824,6 +824,55 @@ def test_prepare_is_precise_for_a_million_rows():
     assert std == pytest.approx(np.array([0.501, 0.501]), abs=1e-6)
 
 
+def steps_of(num: int) -> Any:
+    """Rewards 1, 2, 4 of an episode that ends, 8, 16 of one that is cut off."""
+    rows = np.arange(5, dtype=np.float32)[:, None]
+    reward = np.array([1, 2, 4, 8, 16], np.float32)
+    terminal = np.array([0, 0, 1, 0, 0], np.float32)
+    data = Transition._make((rows, rows, reward, rows + 100, terminal))
+    config = dataclasses.replace(SMALL, n_step=num, discount=0.5)
+    return td3_bst.n_step(data, np.array([0, 0, 0, 1, 1]), config)
+
+
+def test_two_steps_by_hand():
+    data = steps_of(2)
+    # 1 + 2/2 = 2, 2 + 4/2 = 4, 4; 8 + 16/2 = 16, 16.
+    assert data.reward.tolist() == [2, 4, 4, 16, 16]
+    assert data.next_obs.ravel().tolist() == [101, 102, 102, 104, 104]
+    # Two steps: 1 - 1/2, or 1 where the second ends; one step: its own.
+    assert data.terminal.tolist() == [0.5, 1, 1, 0.5, 0]
+    assert data.obs.ravel().tolist() == data.action.ravel().tolist() == [0, 1, 2, 3, 4]
+    assert {x.dtype for x in data} == {np.dtype("float32")}
+
+
+def test_more_steps_than_an_episode_has_are_its_return():
+    for num in (3, 1000):
+        data = steps_of(num)
+        # 1 + 2/2 + 4/4 = 3; the third step of the first episode ends it.
+        assert data.reward.tolist() == [3, 4, 4, 16, 16]
+        assert data.next_obs.ravel().tolist() == [102, 102, 102, 104, 104]
+        assert data.terminal.tolist() == [1, 1, 1, 0.5, 0]
+
+
+def test_one_step_is_the_data_itself():
+    data = steps_of(1)
+    assert data.reward.tolist() == [1, 2, 4, 8, 16]
+    assert data.terminal.tolist() == [0, 0, 1, 0, 0]
+
+
+def test_the_target_of_two_steps_by_hand():
+    # y = 2 + 1/4 Q' in place of 1 + 1/2 (2 + 1/2 Q'): the same.
+    data = jax.tree.map(jnp.asarray, steps_of(2))
+    agent, _ = random_agent(0, config := dataclasses.replace(SMALL, policy_noise=0.0))
+    config = dataclasses.replace(config, discount=0.5)
+    data = data._replace(next_obs=jnp.tile(data.next_obs / 100, (1, 3))[:, :OBS_DIM])
+    plain = data._replace(reward=0 * data.reward, terminal=0 * data.terminal)
+    half_q = td3_bst.td_target(agent, plain, KEY, config)
+    y = td3_bst.td_target(agent, data, KEY, config)
+    assert float(y[0]) == pytest.approx(2 + float(half_q[0]) / 2, rel=1e-5)
+    assert float(y[1]) == pytest.approx(4)
+
+
 # ============================================================================== train
 
 
