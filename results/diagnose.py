@@ -10,8 +10,9 @@ For every policy of a finished run of td3_bst.py, td3_bc.py or iql_bst.py:
   gradient; uniform actions and corners that M holds for certain;
 - in roll-outs: how certain and how far from the data the visited states are, and
   Q_1(s, pi(s)) beside the return that really followed;
-- where asked, and where the simulator can be put into the data's states: whether Q
-  orders actions as what follows them does.
+- where asked (`--order`), and where the simulator can be put into the data's states:
+  whether Q orders actions as what follows them does;
+- where asked (`--along`): the return after a step along Q's gradient in every state.
 
 Writes `diagnosis.csv`, a row per policy, and `diagnosis.png` (the first policy's) into
 the run's folder, and prints the rows.
@@ -22,7 +23,7 @@ import dataclasses
 import importlib
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,7 @@ SETTLED = 0.05  # what may be missing of a discounted return, as a share of gamm
 AHEAD = (1, 3, 10, 30, 100, 400)  # steps after which Q says what is still to come
 RIVALS = 10  # actions that are compared at a state
 SPREAD = 0.2  # their standard deviation around the policy's action
+Acting = Callable[[np.ndarray], np.ndarray]  # (1, 1, S) to (1, 1, A), raw units
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Options:
     episodes: int = 10  # roll-outs per policy; 0: none
     points: int = 2000  # states of the data to look at
     order: int = 0  # of these, to compare actions at; 100: about a minute
+    along: tuple[float, ...] = ()  # mean lengths of steps that follow Q's gradient
 
     def __post_init__(self) -> None:
         if min(self.episodes, self.order) < 0 or self.points < 1:
@@ -262,9 +265,7 @@ def only(policy: rollout.NumpyPolicy, number: int) -> rollout.NumpyPolicy:
     return dataclasses.replace(policy, layers=layers)
 
 
-def play(
-    own: rollout.NumpyPolicy, dataset: Dataset, episodes: int
-) -> list[dict[str, Any]]:
+def play(own: Acting, dataset: Dataset, episodes: int) -> list[dict[str, Any]]:
     """A policy's episodes: observations (T, S), rewards (T,), how they end."""
     assert dataset.task is not None
     task = dataset.task
@@ -285,6 +286,30 @@ def play(
         )
     env.close()
     return played
+
+
+def stepping(
+    lane: Lane, length: float, obs: np.ndarray, norm: Any, dataset: Dataset
+) -> Acting:
+    """The policy moved along Q_1's gradient at its action, by `length` on average.
+
+    Args:
+        obs: (B, S) states of the data to average over, as the networks see them.
+    """
+
+    def gradient(obs: Any) -> jax.Array:
+        return jax.grad(lambda a: lane.q(obs, a).sum())(lane.policy(obs))
+
+    scale = length / np.linalg.norm(np.asarray(gradient(obs)), axis=-1).mean()
+    low, high = dataset.action_low, dataset.action_high
+
+    @jax.jit
+    def moved(obs: Any) -> jax.Array:
+        return jnp.clip(lane.policy(obs) + scale * gradient(obs), -1.0, 1.0)
+
+    return lambda raw: (
+        low + (np.asarray(moved(norm(raw[0])))[None] + 1) / 2 * (high - low)
+    )
 
 
 def returns_to_go(episode: Mapping[str, Any], config: Any) -> np.ndarray:
@@ -348,7 +373,7 @@ def put(env: Any, obs: np.ndarray) -> bool:
 
 
 def futures(
-    env: Any, own: rollout.NumpyPolicy, action: np.ndarray, config: Any
+    env: Any, own: Acting, action: np.ndarray, config: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What follows an action (A,), in the environment's units, and then the policy.
 
@@ -384,7 +409,7 @@ def agreement(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def on_order(
-    lane: Lane, own: rollout.NumpyPolicy, raw: np.ndarray, norm: Any, dataset: Dataset
+    lane: Lane, own: Acting, raw: np.ndarray, norm: Any, dataset: Dataset
 ) -> dict[str, float]:
     """How Q_1 orders actions near the policy's, and how what follows them does.
 
@@ -503,7 +528,7 @@ def diagnose(folder: Path, options: Options) -> list[dict[str, Any]]:
     seen, acted = norm(np.asarray(dataset.obs)[kept]), np.asarray(dataset.action)[kept]
     known = {"tree": KDTree(seen), "action": acted}
     obs, action = seen[: options.points], acted[: options.points]
-    own, _ = known["tree"].query(obs, k=2)
+    between, _ = known["tree"].query(obs, k=2)
     rows, first = [], {}
     for i, lane in enumerate(lanes):
         row, arrays = on_data(lane, obs, action, known, rng)
@@ -511,7 +536,12 @@ def diagnose(folder: Path, options: Options) -> list[dict[str, Any]]:
             played = play(only(policy, i), dataset, options.episodes)
             more, seen_there = on_rollouts(lane, played, norm, known)
             row, arrays = row | more, arrays | seen_there
-        row["state_distance_data"] = float(np.median(own[:, 1]))
+            for length in options.along:
+                own = stepping(lane, length, obs, norm, dataset)
+                played = play(own, dataset, options.episodes)
+                total = np.mean([episode["reward"].sum() for episode in played])
+                row[f"return_along_{length:g}"] = float(total)
+        row["state_distance_data"] = float(np.median(between[:, 1]))
         if options.order:
             raw = np.asarray(dataset.obs)[kept[: options.order]]
             row |= on_order(lane, only(policy, i), raw, norm, dataset)

@@ -113,6 +113,21 @@ def test_what_follows_an_action_by_hand(monkeypatch):
     assert left.tolist() == [0.5, 0.25, 0.0]
 
 
+def test_a_step_along_the_gradient_by_hand():
+    # Q = s a, so its gradient is s: at states 1 and 3 of mean length 2, so for a length
+    # of .4 the action, 0, moves by .2 s: at 3 to .6, at 8 to the box's face. In the
+    # environment's units, 0 to 10, these are 8 and 10.
+    lane: Any = SimpleNamespace(
+        policy=lambda obs: np.zeros((len(obs), 1), np.float32),
+        q=lambda obs, action: obs[:, 0] * action[:, 0],
+    )
+    box: Any = SimpleNamespace(action_low=np.zeros(1), action_high=np.full(1, 10.0))
+    states = np.array([[1.0], [3.0]], np.float32)
+    own = diagnose.stepping(lane, 0.4, states, lambda raw: raw, box)
+    assert own(np.full((1, 1, 1), 3.0)) == pytest.approx(np.full((1, 1, 1), 8.0))
+    assert own(np.full((1, 1, 1), 8.0)) == pytest.approx(np.full((1, 1, 1), 10.0))
+
+
 def test_agreement_is_within_a_state():
     # Two states, 100 apart; within the first in the same order, in the second too.
     one = np.array([[0.0, 1.0, 2.0], [100.0, 101.0, 102.0]])
@@ -139,7 +154,7 @@ def test_a_run_has_a_row_per_policy(script, more, capsys, tmp_path, pendulum):
     args = ["--dataset", pendulum, "--run-dir", str(tmp_path), *SMALL, *more]
     script.main([*args, "--eval-episodes", "1"])
     folder = Path(capsys.readouterr().out.splitlines()[-1])
-    options = diagnose.Options((folder,), episodes=2, points=50, order=4)
+    options = diagnose.Options((folder,), episodes=2, points=50, order=4, along=(0.1,))
     diagnose.diagnose(folder, options)
     with (folder / "diagnosis.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -152,6 +167,7 @@ def test_a_run_has_a_row_per_policy(script, more, capsys, tmp_path, pendulum):
         assert float(row["distance"]) > 0
         assert float(row["rollout_length"]) >= 1
         assert float(row["ahead_400"]) == pytest.approx(1)
+        assert float(row["return_along_0.1"]) >= 1
         for steps in diagnose.AHEAD:
             assert -1 <= float(row[f"order_{steps}"]) <= 1
         assert bool(row["omega"]) == (script is not td3_bc and "awr" not in more)
