@@ -421,9 +421,10 @@ def n_step(data: Transition, episode: np.ndarray, config: Config) -> Transition:
         data: as `prepare` returns it, its episodes one after the other, each in order.
         episode: (N,) which episode a transition is of.
     """
-    gamma, steps, here = config.discount or 0.0, config.n_step, np.arange(len(episode))
+    gamma, steps = config.discount or 0.0, config.n_step
     if steps in (None, 1):
         return data
+    here = np.arange(len(episode))
     is_end = np.diff(episode, append=-1) != 0
     end = np.flatnonzero(is_end)[np.cumsum(is_end) - is_end]
     last = np.minimum(here + steps - 1, end)

@@ -41,10 +41,13 @@ class NumpyPolicy:
         for weight, bias in self.layers[:-1]:
             x = np.maximum(x @ weight + bias[:, None], 0.0)
         weight, bias = self.layers[-1]
-        x = np.tanh(x @ weight + bias[:, None])
+        return self.in_box(np.tanh(x @ weight + bias[:, None]))
+
+    def in_box(self, action: np.ndarray) -> np.ndarray:
+        """Actions (..., A) in [-1, 1] in the environment's range."""
         half = (self.action_high - self.action_low) / 2
         return np.clip(
-            self.action_low + (x + 1.0) * half, self.action_low, self.action_high
+            self.action_low + (action + 1.0) * half, self.action_low, self.action_high
         )
 
 

@@ -289,7 +289,7 @@ def play(own: Acting, dataset: Dataset, episodes: int) -> list[dict[str, Any]]:
 
 
 def stepping(
-    lane: Lane, length: float, obs: np.ndarray, norm: Any, dataset: Dataset
+    lane: Lane, own: rollout.NumpyPolicy, length: float, obs: np.ndarray, norm: Any
 ) -> Acting:
     """The policy moved along Q_1's gradient at its action, by `length` on average.
 
@@ -301,15 +301,12 @@ def stepping(
         return jax.grad(lambda a: lane.q(obs, a).sum())(lane.policy(obs))
 
     scale = length / np.linalg.norm(np.asarray(gradient(obs)), axis=-1).mean()
-    low, high = dataset.action_low, dataset.action_high
 
     @jax.jit
     def moved(obs: Any) -> jax.Array:
         return jnp.clip(lane.policy(obs) + scale * gradient(obs), -1.0, 1.0)
 
-    return lambda raw: (
-        low + (np.asarray(moved(norm(raw[0])))[None] + 1) / 2 * (high - low)
-    )
+    return lambda raw: own.in_box(np.asarray(moved(norm(raw[0])))[None])
 
 
 def returns_to_go(episode: Mapping[str, Any], config: Any) -> np.ndarray:
@@ -409,7 +406,7 @@ def agreement(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def on_order(
-    lane: Lane, own: Acting, raw: np.ndarray, norm: Any, dataset: Dataset
+    lane: Lane, own: rollout.NumpyPolicy, raw: np.ndarray, norm: Any, dataset: Dataset
 ) -> dict[str, float]:
     """How Q_1 orders actions near the policy's, and how what follows them does.
 
@@ -431,9 +428,8 @@ def on_order(
     chosen = np.asarray(lane.policy(norm(raw)))
     shape = (len(raw), RIVALS, chosen.shape[-1])
     rivals = np.clip(chosen[:, None] + SPREAD * rng.normal(size=shape), -1, 1)
-    low, high = dataset.action_low, dataset.action_high
     found = []
-    for obs, actions in zip(raw, low + (rivals + 1) / 2 * (high - low), strict=True):
+    for obs, actions in zip(raw, own.in_box(rivals), strict=True):
         for action in actions:
             put(env, obs)
             found.append(futures(env, own, action.astype(np.float32), lane.config))
@@ -532,19 +528,20 @@ def diagnose(folder: Path, options: Options) -> list[dict[str, Any]]:
     rows, first = [], {}
     for i, lane in enumerate(lanes):
         row, arrays = on_data(lane, obs, action, known, rng)
+        own = only(policy, i)
         if options.episodes and dataset.task is not None:
-            played = play(only(policy, i), dataset, options.episodes)
+            played = play(own, dataset, options.episodes)
             more, seen_there = on_rollouts(lane, played, norm, known)
             row, arrays = row | more, arrays | seen_there
             for length in options.along:
-                own = stepping(lane, length, obs, norm, dataset)
-                played = play(own, dataset, options.episodes)
+                moved = stepping(lane, own, length, obs, norm)
+                played = play(moved, dataset, options.episodes)
                 total = np.mean([episode["reward"].sum() for episode in played])
                 row[f"return_along_{length:g}"] = float(total)
         row["state_distance_data"] = float(np.median(between[:, 1]))
-        if options.order:
+        if options.order and dataset.task is not None:
             raw = np.asarray(dataset.obs)[kept[: options.order]]
-            row |= on_order(lane, only(policy, i), raw, norm, dataset)
+            row |= on_order(lane, own, raw, norm, dataset)
         rows.append({"run": folder.name, "policy": lane.label} | row)
         first = first or arrays
     text = io.StringIO()

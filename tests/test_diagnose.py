@@ -14,6 +14,7 @@ import iql_bst
 import td3_bc
 import td3_bst
 from common.errors import UserError
+from common.rollout import NumpyPolicy
 from results import diagnose
 
 SMALL = ("--num-updates", "40", "--eval-every", "20", "--num-morse-updates", "20")
@@ -121,9 +122,10 @@ def test_a_step_along_the_gradient_by_hand():
         policy=lambda obs: np.zeros((len(obs), 1), np.float32),
         q=lambda obs, action: obs[:, 0] * action[:, 0],
     )
-    box: Any = SimpleNamespace(action_low=np.zeros(1), action_high=np.full(1, 10.0))
+    one = np.ones(1)
+    box = NumpyPolicy((), 0 * one, one, action_low=0 * one, action_high=10 * one)
     states = np.array([[1.0], [3.0]], np.float32)
-    own = diagnose.stepping(lane, 0.4, states, lambda raw: raw, box)
+    own = diagnose.stepping(lane, box, 0.4, states, lambda raw: raw)
     assert own(np.full((1, 1, 1), 3.0)) == pytest.approx(np.full((1, 1, 1), 8.0))
     assert own(np.full((1, 1, 1), 8.0)) == pytest.approx(np.full((1, 1, 1), 10.0))
 
@@ -187,3 +189,13 @@ def test_a_run_that_cannot_be_looked_at_says_why(capsys, tmp_path, pendulum):
         diagnose.load(folder)
     with pytest.raises(UserError, match=r"cannot read .*config\.json"):
         diagnose.load(tmp_path)
+
+
+def test_data_without_an_environment_have_no_order(capsys, tmp_path, arrays_file):
+    args = ["--dataset", str(arrays_file), "--run-dir", str(tmp_path), *SMALL]
+    td3_bst.main(args)
+    folder = Path(capsys.readouterr().out.splitlines()[-1])
+    options = diagnose.Options((folder,), points=20, order=4, along=(0.1,))
+    for row in diagnose.diagnose(folder, options):
+        assert row["certainty_data"] > 0
+        assert not [x for x in row if x.startswith(("order", "ahead", "return"))]
