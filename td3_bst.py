@@ -6,9 +6,9 @@ where it is not. Q improves the policy inside the data's support and nowhere els
 
     M(s, a)  = exp(-lam^2/2 ||f(s, a) - a||^2)            certainty in (0, 1], morse.py
     omega(s) = min(exp((1 - M(s, pi(s))) / mu) - 1, cap) + floor    cap, floor: ours
-    L_pi     = mean[omega(s) ||pi(s) - a||^2 - Q_1(s, pi(s)) / Z_Q]
-               Z_Q = mean |Q_1(s, pi(s))|, a constant to the gradient
-    y        = r + gamma (1 - terminal) min_i Q'_i(s', a'),
+    L_pi     = mean[omega(s) ||pi(s) - a||^2 - w Q_1(s, pi(s)) / Z_Q]
+               Z_Q = mean |Q_1(s, pi(s))|, a constant to the gradient; w: 1, or ours
+    y        = r + gamma (1 - terminal) min_i Q'_i(s', a'), r one reward or several,
                a' = clip(pi'(s') + clip(sigma eps, -c, c), -1, 1)
     L_Q      = sum_i mean[(Q_i(s, a) - y)^2]
 
@@ -49,7 +49,7 @@ class Config:
     omega_cap: float = 10.0  # largest omega, less the floor; 0: none
     scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
     supervisor_gradient: bool = True  # differentiate through omega as well
-    q_weight: float = 1.0  # of Q / Z_Q; dim(A): the distance as a mean
+    q_weight: float | None = None  # w, of Q / Z_Q; unset: by domain and spread
     actor_critics: int = 1  # 1: Q_1 for the actor; 2: the smaller Q of both
     discount: float | None = None  # gamma, per step; unset: by domain
     reward_scale: float | None = None  # times the reward; unset: by domain
@@ -103,14 +103,16 @@ LOCOMOTION = {
     "discount": 0.99,
     "reward_scale": 1.0,
     "reward_shift": 0.0,
-    "n_step": 1,
+    "n_step": 1000,  # to the episode's end
     "polyak": 0.02,
     "normalize_obs": True,
     "critic_layer_norm": False,
 }
 POINTMAZE = {"mu": 0.3, "floor": 0.0, "discount": 0.98, "reward_scale": 10.0}
 ANTMAZE = {"floor": 5.0, "discount": 0.998, "reward_scale": 100.0}
-MAZE = {"polyak": 0.01, "critic_layer_norm": True}
+MAZE = {"q_weight": 1.0, "n_step": 1, "polyak": 0.01, "critic_layer_norm": True}
+Q_PER_SPREAD = 600.0  # locomotion: q_weight over the cubed spread of the actions
+LARGEST_Q_WEIGHT = 25.0  # that a spread may ask for
 DEFAULTS = {  # from short experiments, results/bst_study.md
     "locomotion": LOCOMOTION,
     "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
@@ -120,14 +122,41 @@ DEFAULTS = {  # from short experiments, results/bst_study.md
 TRACED = ("mu", "floor", "scale")  # may differ between the lanes: --sweep
 
 
-def resolve(config: Config, domain: str, action_dim: int, num_updates: int) -> Config:
+def action_spread(obs: np.ndarray, action: np.ndarray) -> float:
+    """sigma, the spread of the data's actions around what is done in such states.
+
+    The root of half the mean squared difference, per dimension, to the action of the
+    nearest other state; of 2048 transitions among at most 100,000, evenly chosen.
+
+    Args:
+        obs: (N, S), in any units. action: (N, A) in [-1, 1].
+    """
+    among = np.linspace(0, len(obs) - 1, min(len(obs), 100_000)).astype(int)
+    obs, action = np.asarray(obs, np.float64)[among], np.asarray(action)[among]
+    obs = ((obs - obs.mean(axis=0)) / (obs.std(axis=0) + 1e-3)).astype(np.float32)
+    half_square = np.square(obs).sum(axis=1) / 2
+    asked = np.linspace(0, len(obs) - 1, min(len(obs), 2048)).astype(int)
+    squares = []
+    for some in np.array_split(asked, len(asked) // 256 + 1):
+        distance = half_square - obs[some] @ obs.T  # half its square, less the same
+        distance[np.arange(len(some)), some] = np.inf
+        nearest = distance.argmin(axis=1)
+        squares.append(np.square(action[some] - action[nearest]).mean(axis=1))
+    return float(np.sqrt(np.concatenate(squares).mean() / 2))
+
+
+def resolve(
+    config: Config, domain: str, action_dim: int, spread: float, num_updates: int
+) -> Config:
     """Returns `config` with every unset option at its domain's value.
 
     Args:
+        spread: `action_spread` of the data; what locomotion's weight of Q follows.
         num_updates: of the whole run, over which the actor's learning rate decays.
     """
-    defaults = DEFAULTS[domain] | {"scale": action_dim / 2}
-    defaults["actor_decay_updates"] = num_updates
+    q_weight = min(Q_PER_SPREAD * spread**3, LARGEST_Q_WEIGHT)
+    defaults = {"q_weight": q_weight} | DEFAULTS[domain]
+    defaults |= {"scale": action_dim / 2, "actor_decay_updates": num_updates}
     unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     return dataclasses.replace(config, **unset)
 
@@ -482,7 +511,8 @@ def main(args: list[str] | None = None) -> None:
     dataset = datasets.load(options.dataset, options.eval_map, options.best_fraction)
     options = resolve_options(options, dataset, config.policy_delay)
     total = options.num_updates or 0
-    config = resolve(config, dataset.domain, dataset.action_dim, total)
+    spread = action_spread(dataset.obs, dataset.action)
+    config = resolve(config, dataset.domain, dataset.action_dim, spread, total)
     data, mean, std = prepare(
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config
     )

@@ -15,6 +15,7 @@ OBS_DIM, ACTION_DIM = 3, 2  # of everything random below
 SMALL = Config(
     mu=0.5,
     scale=1.0,
+    q_weight=1.0,
     discount=0.9,
     reward_scale=1.0,
     reward_shift=0.0,

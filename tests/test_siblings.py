@@ -7,11 +7,12 @@ ROOT = Path(__file__).parent.parent
 # Same-named definitions that may differ from td3_bst.py's, and why.
 TD3_BC = {
     "Config": "alpha instead of mu, scale and the Morse network",
-    "LOCOMOTION": "mu and floor; the targets' step, TD3+BC's own",
+    "LOCOMOTION": "mu and floor; the targets' step and their rewards, TD3+BC's own",
     "POINTMAZE": "mu and floor",
     "ANTMAZE": "floor",
     "TRACED": "alpha",
-    "resolve": "the defaults of scale and decay",
+    "MAZE": "the weight of Q",
+    "resolve": "the defaults of scale, decay and the weight of Q",
     "actor_loss": "the objective",
     "update_actor": "hands alpha on, not the supervisor",
     "update": "hands alpha on, not the supervisor",
@@ -39,7 +40,9 @@ IQL_BST = {
     "train": "no delay",
     "main": "the returns' range; AWR needs no Morse network",
 }
-ONLY_BST = {"Supervisor", "supervisor"}
+ONLY_BST = {"Supervisor", "supervisor", "action_spread"}
+ONLY_BST |= {"LARGEST_Q_WEIGHT", "Q_PER_SPREAD"}
+NOT_IQL = {"n_step", "action_spread", "LARGEST_Q_WEIGHT", "Q_PER_SPREAD"}
 ONLY_IQL = {
     "Value",
     "awr_loss",
@@ -80,7 +83,7 @@ def test_td3_bc_is_td3_bst_without_the_supervisor():
 
 def test_iql_bst_is_td3_bst_with_another_value_learning():
     iql, bst = definitions("iql_bst.py"), definitions("td3_bst.py")
-    assert set(bst) - set(iql) == {"n_step"}  # IQL learns from one step
+    assert set(bst) - set(iql) == NOT_IQL  # it learns from one step
     assert set(iql) - set(bst) == ONLY_IQL
     assert differing("iql_bst.py") == set(IQL_BST)
     assert "actor_loss" not in IQL_BST  # the BST step is TD3-BST's own, to the letter

@@ -146,8 +146,11 @@ def test_config_takes_the_edges():
 
 @pytest.mark.parametrize("domain", td3_bst.DEFAULTS)
 def test_resolve_fills_what_is_unset(domain: str):
-    config = td3_bst.resolve(Config(batch_size=7), domain, 5, num_updates=1000)
+    config = td3_bst.resolve(Config(batch_size=7), domain, 5, 0.2, num_updates=1000)
     assert config.scale == 2.5  # dim(A) / 2
+    assert config.q_weight == pytest.approx(1 if "maze" in domain else 600 * 0.2**3)
+    wide = td3_bst.resolve(Config(), domain, 5, 0.5, num_updates=1000)
+    assert wide.q_weight == (1 if "maze" in domain else 25)
     assert config.actor_decay_updates == 1000
     for name, value in td3_bst.DEFAULTS[domain].items():
         assert getattr(config, name) == value
@@ -162,6 +165,7 @@ def test_resolve_keeps_what_is_set(domain: str):
         mu=0.3,
         floor=0.0,
         scale=4.0,
+        q_weight=0.0,
         discount=0.0,
         reward_scale=2.0,
         reward_shift=0.0,
@@ -171,7 +175,31 @@ def test_resolve_keeps_what_is_set(domain: str):
         critic_layer_norm=False,
         actor_decay_updates=0,
     )
-    assert td3_bst.resolve(config, domain, 5, num_updates=1000) == config
+    assert td3_bst.resolve(config, domain, 5, 0.2, num_updates=1000) == config
+
+
+def test_action_spread_by_hand():
+    # Pairs of states far from each other; within a pair the actions differ by
+    # (.2, 0), (.4, .4) and (0, 0): half the mean square is (.04 + .16 + .16) / 12.
+    obs = np.array([[0.0], [0.1], [5.0], [5.1], [9.0], [9.1]])
+    action = np.array([[0, 0], [0.2, 0], [0.5, 0.5], [0.9, 0.9], [1, 1], [1, 1]])
+    assert td3_bst.action_spread(obs, action) == pytest.approx(np.sqrt(0.36 / 12))
+    assert td3_bst.action_spread(obs[:1], action[:1]) == 0.0  # nothing to compare with
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.3])
+@pytest.mark.parametrize("size", [300, 250_000])
+def test_action_spread_is_the_noise_of_the_behaviour(sigma: float, size: int):
+    rng = np.random.default_rng(0)
+    obs = rng.uniform(-1, 1, (size, 2)) * [1, 1000] + [0, 1e5]  # units of any size
+    noise = sigma * rng.standard_normal((size, 3))
+    found = td3_bst.action_spread(obs, np.zeros((size, 3)) + noise)
+    assert found == pytest.approx(sigma, rel=0.1)
+    assert td3_bst.action_spread(obs, noise * 2) == pytest.approx(2 * found)
+    # What the state decides does not count, where there are states enough.
+    if size > 1000:
+        found = td3_bst.action_spread(obs, 0.3 * np.sin(3 * obs[:, :1]) + noise)
+        assert found == pytest.approx(sigma, rel=0.1)
 
 
 # ======================================================================== Supervisor
