@@ -68,7 +68,7 @@ class Sweep:
     eval_every: int | None = None  # critic updates; unset: the scripts' default
     scales: tuple[float, ...] = ()  # TD3-BST's lam, as multiples of dim(A)
     set: tuple[str, ...] = ()  # NAME=VALUE, options that all the methods have
-    variants: tuple[str, ...] = ()  # each NAME=VALUE[+NAME=VALUE...], or plain
+    variants: tuple[str, ...] = ()  # plain or NAME=VALUE[+...], before those of set
     out: Path = Path("runs/reproduce")  # results.csv, tables, figures, runs; resumed
     shard: str = "1/1"  # i/n: the i-th of n parts that cost about the same
     dry_run: bool = False  # print the commands and their cost
@@ -95,9 +95,9 @@ class Sweep:
         for name in ("scales", "variants"):
             if getattr(self, name) and self.methods != ("TD3-BST",):
                 raise ValueError(f"{name} are of TD3-BST: expected --methods TD3-BST")
-        for variant in self.variants or (PLAIN,):
-            texts = [*self.set, *([] if variant == PLAIN else variant.split("+"))]
-            self._check_options(texts)
+        self._check_options(self.set)
+        for variant in self.variants:
+            self._check_options([] if variant == PLAIN else variant.split("+"))
         index, total = self.part
         if not 1 <= index <= total:
             raise ValueError(f"shard expects i/n with 1 <= i <= n, got {self.shard}")
@@ -143,11 +143,12 @@ TABLES: dict[str, Sweep] = {
         num_seeds=1,
         num_updates=20_000,
         eval_every=10_000,
-        set=("num_morse_updates=8000",),
+        set=("num_morse_updates=8000", "n_step=1", "q_weight=1"),
         variants=(
             PLAIN,
             "floor=0.5",
             "q_weight=3",
+            "n_step=1000",
             "polyak=0.005",
             "supervisor_gradient=False",
             "morse_net.negatives=uniform",
@@ -172,7 +173,7 @@ TABLES: dict[str, Sweep] = {
     ),
 }
 ABOUT = {
-    "bst-factors": "TD3-BST with one option changed at a time.",
+    "bst-factors": "TD3-BST, one option changed at a time from n_step=1, q_weight=1.",
     "quick": "All methods on the embedded maze, 6,000 updates: minutes on a CPU.",
     "locomotion": "All methods on D4RL's halfcheetah, hopper and walker2d -v2 sets.",
     "antmaze": "All methods on Minari's AntMaze sets.",

@@ -41,9 +41,13 @@ BEFORE = {  # of the sweep over lam
     "floor",
     "morse_net.decay_updates",
     "morse_net.negatives",
+    "n_step",
     "omega_cap",
     "polyak",
+    "q_weight",
 }
+FACTORS = dict(sweeps.TABLES["bst-factors"].further)  # the point it starts from
+MAZES = {"n_step": "1", "q_weight": "1"}  # of it, what is the default there
 NAMES = {"score": "score", "length": "steps to the goal", "success": "success rate"}
 RESAMPLES = 5_000
 NOT_YET = "No such runs yet."
@@ -159,13 +163,16 @@ def by_scale(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
 
 
 def by_variant(runs: Sequence[Run], step: int) -> dict[str, dict[str, list[Run]]]:
-    """By dataset and what is changed, TD3-BST's runs of `step` updates; plain first."""
+    """By dataset and what is changed, TD3-BST's runs of `step` updates; plain first.
+
+    What the table `bst-factors` sets for all its runs is no change.
+    """
     groups: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         if run.method != "TD3-BST" or run.step != step or not is_finished(run):
             continue
-        changed = sorted(run.options.keys() - PLAIN)
-        label = "+".join(f"{name}={run.options[name]}" for name in changed)
+        changed = sorted(run.options.items() - FACTORS.items())
+        label = "+".join(f"{name}={x}" for name, x in changed if name not in PLAIN)
         own = groups.setdefault(run.dataset, {sweeps.PLAIN: []})
         own.setdefault(label or sweeps.PLAIN, []).append(run)
     return {
@@ -359,12 +366,14 @@ def standin_table(rows: Sequence[Row], step: int = 100_000) -> str:
 
 def factor_rows(rows: Sequence[Row]) -> list[Row]:
     """The rows of the table `bst-factors`, and of other methods."""
-    shared = set(sweeps.TABLES["bst-factors"].further)
-    return [
-        row
-        for row in rows
-        if row["algorithm"] != "td3_bst" or shared <= store.options_of(row).items()
-    ]
+
+    def belongs(row: Row) -> bool:
+        defaults = MAZES if "maze" in row["dataset"] else {}
+        found = defaults | store.options_of(row)
+        names = FACTORS.keys() <= found.keys()
+        return names and found["num_morse_updates"] == FACTORS["num_morse_updates"]
+
+    return [row for row in rows if row["algorithm"] != "td3_bst" or belongs(row)]
 
 
 def aggregate_table(

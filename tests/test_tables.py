@@ -164,9 +164,17 @@ def test_the_factor_study_is_known_by_its_own_options():
     shared: Any = dict(sweeps.TABLES["bst-factors"].further)
     rows = [row("TD3-BST", HOPPER, 0, 10.0, 20_000, **shared)]
     rows += [row("TD3-BST", HOPPER, 0, 20.0, 20_000, **shared, mu=1)]
+    rows += [row("TD3-BST", HOPPER, 0, 30.0, 20_000, **shared | {"q_weight": 3})]
+    # The maze's defaults are the study's point, locomotion's are not.
+    brief: Any = {"num_morse_updates": 8000}
+    rows += [row("TD3-BST", tables.EMBEDDED, 0, 40.0, 20_000, **brief)]
+    rows += [row("TD3-BST", HOPPER, 0, 91.0, 20_000, **brief)]
     rows += [row("TD3-BST", HOPPER, 0, 90.0, 20_000), row("BC", HOPPER, 0, 5.0)]
     found = tables.factor_rows(rows)
-    assert [r["score"] for r in found] == ["10.0", "20.0", "5.0"]
+    assert [r["score"] for r in found] == ["10.0", "20.0", "30.0", "40.0", "5.0"]
+    groups = tables.by_variant(tables.runs_of(found), 20_000)
+    assert list(groups[HOPPER]) == ["plain", "mu=1", "q_weight=3"]
+    assert list(groups[tables.EMBEDDED]) == ["plain"]
 
 
 def test_ablations_never_enter_a_method():
