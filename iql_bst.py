@@ -353,7 +353,7 @@ def awr_loss(
 def actor_loss(
     actor: Params, critics: Params, bst: Supervisor, batch: Transition, config: Config
 ) -> tuple[jax.Array, Metrics]:
-    """L_pi: Q / Z_Q against omega times the squared distance to the data's action."""
+    """L_pi: w Q / Z_Q against omega times the squared distance to the data's action."""
     action = policy(actor, batch.obs, config)
     chex.assert_equal_shape([action, batch.action])
     asked = jax.tree.map(lambda x: x[: config.actor_critics], critics)

@@ -1,8 +1,8 @@
 """TD3+BC: TD3 with a constant pull towards the data, offline, in one file.
 
 The minimalist offline method, and TD3-BST without its supervisor: `diff td3_bc.py
-td3_bst.py` is what behavioral supervisor tuning adds. `--alpha 0` is plain behaviour
-cloning with squared error.
+td3_bst.py` is what behavioral supervisor tuning adds, and its defaults. `--alpha 0` is
+plain behaviour cloning with squared error.
 
     L_pi = mean[||pi(s) - a||^2 / A - alpha Q_1(s, pi(s)) / Z_Q]
            Z_Q = mean |Q_1(s, pi(s))|, a constant to the gradient

@@ -8,7 +8,7 @@ where it is not. Q improves the policy inside the data's support and nowhere els
     omega(s) = min(exp((1 - M(s, pi(s))) / mu) - 1, cap) + floor    cap, floor: ours
     L_pi     = mean[omega(s) ||pi(s) - a||^2 - w Q_1(s, pi(s)) / Z_Q]
                Z_Q = mean |Q_1(s, pi(s))|, a constant to the gradient; w: 1, or ours
-    y        = r + gamma (1 - terminal) min_i Q'_i(s', a'), r one reward or several,
+    y        = r + gamma (1 - terminal) min_i Q'_i(s', a'), or see `n_step`,
                a' = clip(pi'(s') + clip(sigma eps, -c, c), -1, 1)
     L_Q      = sum_i mean[(Q_i(s, a) - y)^2]
 
@@ -126,13 +126,15 @@ def action_spread(obs: np.ndarray, action: np.ndarray) -> float:
     """sigma, the spread of the data's actions around what is done in such states.
 
     The root of half the mean squared difference, per dimension, to the action of the
-    nearest other state; of 2048 transitions among at most 100,000, evenly chosen.
+    nearest other state; of 2048 transitions among at most 100,000, evenly chosen. Too
+    small where noise lasts from step to step or transitions are there twice, too large
+    where states are few. 0 for a single transition.
 
     Args:
-        obs: (N, S), in any units. action: (N, A) in [-1, 1].
+        obs: (N, S), standardised here as by `prepare`. action: (N, A) in [-1, 1].
     """
     among = np.linspace(0, len(obs) - 1, min(len(obs), 100_000)).astype(int)
-    obs, action = np.asarray(obs, np.float64)[among], np.asarray(action)[among]
+    obs, action = np.asarray(obs)[among].astype(float), np.asarray(action)[among]
     obs = ((obs - obs.mean(axis=0)) / (obs.std(axis=0) + 1e-3)).astype(np.float32)
     half_square = np.square(obs).sum(axis=1) / 2
     asked = np.linspace(0, len(obs) - 1, min(len(obs), 2048)).astype(int)
@@ -292,7 +294,7 @@ def critic_loss(
 def actor_loss(
     actor: Params, critics: Params, bst: Supervisor, batch: Transition, config: Config
 ) -> tuple[jax.Array, Metrics]:
-    """L_pi: Q / Z_Q against omega times the squared distance to the data's action."""
+    """L_pi: w Q / Z_Q against omega times the squared distance to the data's action."""
     action = policy(actor, batch.obs, config)
     chex.assert_equal_shape([action, batch.action])
     asked = jax.tree.map(lambda x: x[: config.actor_critics], critics)

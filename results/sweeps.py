@@ -98,6 +98,9 @@ class Sweep:
         self._check_options(self.set)
         for variant in self.variants:
             self._check_options([] if variant == PLAIN else variant.split("+"))
+        options = [dict(self.further) | variant_options(v) for v in self.variants]
+        if any(found in options[:i] for i, found in enumerate(options)):
+            raise ValueError(f"variants names one twice: {' '.join(self.variants)}")
         index, total = self.part
         if not 1 <= index <= total:
             raise ValueError(f"shard expects i/n with 1 <= i <= n, got {self.shard}")

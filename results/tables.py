@@ -172,7 +172,8 @@ def by_variant(runs: Sequence[Run], step: int) -> dict[str, dict[str, list[Run]]
         if run.method != "TD3-BST" or run.step != step or not is_finished(run):
             continue
         changed = sorted(run.options.items() - FACTORS.items())
-        label = "+".join(f"{name}={x}" for name, x in changed if name not in PLAIN)
+        named = [pair for pair in changed if pair[0] not in PLAIN - FACTORS.keys()]
+        label = "+".join(f"{name}={value}" for name, value in named)
         own = groups.setdefault(run.dataset, {sweeps.PLAIN: []})
         own.setdefault(label or sweeps.PLAIN, []).append(run)
     return {

@@ -151,6 +151,10 @@ def test_rows_hold_a_cell_by_all_of_its_key():
         (dict(scales=(0.5,)), "scales are of TD3-BST"),
         (dict(variants=("mu=1",)), "variants are of TD3-BST"),
         (dict(variants=("mu=1", "mu=1"), methods=BST), "variants names one twice"),
+        (
+            dict(variants=("plain", "mu=1"), set=("mu=1.0",), methods=BST),
+            "variants names one twice",
+        ),
         (dict(variants=("mu",), methods=BST), "expects NAME=VALUE, got 'mu'"),
         (dict(variants=("mu=1+mu=2",), methods=BST), "set names an option twice"),
         (dict(variants=("alpha=1",), methods=BST), "set cannot change alpha"),

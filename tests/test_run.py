@@ -47,6 +47,27 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
+def test_the_weight_of_q_follows_the_data(capsys, tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "narrow.npz"
+    ends = np.arange(300) % 50 == 49
+    columns: dict[str, Any] = dict(terminals=ends, timeouts=np.zeros(300, bool))
+    columns["actions"] = rng.uniform(-0.3, 0.3, (300, 2))  # spread: .3 / sqrt(3)
+    np.savez(
+        path,
+        observations=rng.normal(size=(300, 3)),
+        rewards=rng.normal(size=300),
+        **columns,
+    )
+    folder = train(
+        capsys,
+        *("--dataset", path, "--num-updates", 2, "--run-dir", tmp_path),
+    )
+    config = json.loads((folder / "config.json").read_text())["config"]
+    assert config["q_weight"] == pytest.approx(600 * (0.3 / 3**0.5) ** 3, rel=0.2)
+    assert config["n_step"] == 1000
+
+
 def test_a_run_leaves_what_it_promises(capsys, tmp_path, pendulum, monkeypatch):
     commits = iter(["at its start", "later"])  # somebody pulls meanwhile
     monkeypatch.setattr("common.run.commit", lambda: next(commits))

@@ -165,6 +165,9 @@ def test_the_factor_study_is_known_by_its_own_options():
     rows = [row("TD3-BST", HOPPER, 0, 10.0, 20_000, **shared)]
     rows += [row("TD3-BST", HOPPER, 0, 20.0, 20_000, **shared, mu=1)]
     rows += [row("TD3-BST", HOPPER, 0, 30.0, 20_000, **shared | {"q_weight": 3})]
+    short = row("TD3-BST", HOPPER, 0, 7.0, 20_000, **shared | {"num_morse_updates": 7})
+    (labels,) = tables.by_variant(tables.runs_of([short]), 20_000).values()
+    assert list(labels) == ["num_morse_updates=7"]
     # The maze's defaults are the study's point, locomotion's are not.
     brief: Any = {"num_morse_updates": 8000}
     rows += [row("TD3-BST", tables.EMBEDDED, 0, 40.0, 20_000, **brief)]
