@@ -82,7 +82,7 @@ class Sweep:
                 raise ValueError(f"{name} must be even, an actor step to two: {value}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
-        for name in ("datasets", "methods", "scales", "variants"):
+        for name in ("datasets", "methods", "scales"):  # variants: below
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise ValueError(

@@ -172,8 +172,8 @@ def by_variant(runs: Sequence[Run], step: int) -> dict[str, dict[str, list[Run]]
         if run.method != "TD3-BST" or run.step != step or not is_finished(run):
             continue
         changed = sorted(run.options.items() - FACTORS.items())
-        named = [pair for pair in changed if pair[0] not in PLAIN - FACTORS.keys()]
-        label = "+".join(f"{name}={value}" for name, value in named)
+        unnamed = PLAIN - FACTORS.keys()
+        label = "+".join(f"{name}={x}" for name, x in changed if name not in unnamed)
         own = groups.setdefault(run.dataset, {sweeps.PLAIN: []})
         own.setdefault(label or sweeps.PLAIN, []).append(run)
     return {
@@ -371,8 +371,8 @@ def factor_rows(rows: Sequence[Row]) -> list[Row]:
     def belongs(row: Row) -> bool:
         defaults = MAZES if "maze" in row["dataset"] else {}
         found = defaults | store.options_of(row)
-        names = FACTORS.keys() <= found.keys()
-        return names and found["num_morse_updates"] == FACTORS["num_morse_updates"]
+        length = "num_morse_updates"  # what no run of the table changes
+        return FACTORS.keys() <= found.keys() and found[length] == FACTORS[length]
 
     return [row for row in rows if row["algorithm"] != "td3_bst" or belongs(row)]
 
