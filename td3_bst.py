@@ -125,40 +125,46 @@ TRACED = ("mu", "floor", "scale")  # may differ between the lanes: --sweep
 def action_spread(obs: np.ndarray, action: np.ndarray) -> float:
     """sigma, the spread of the data's actions around what is done in such states.
 
-    The root of half the mean squared difference, per dimension, to the action of the
-    nearest other state; of 2048 transitions among at most 100,000, evenly chosen. Too
-    small where noise lasts from step to step or transitions are there twice, too large
-    where states are few. 0 for a single transition.
+    The root of half the mean squared difference, per dimension, to the action in the
+    nearest state at least 1000 steps (or a tenth of them all) away, whose noise is
+    another; of 2048 transitions among at most 100,000, evenly chosen, those that are
+    there twice taken once. Too large where states are few. 0 for a single transition.
 
     Args:
-        obs: (N, S), standardised here as by `prepare`. action: (N, A) in [-1, 1].
+        obs: (N, S) in the log's order, standardised here as by `prepare`.
+        action: (N, A) in [-1, 1].
     """
-    among = np.linspace(0, len(obs) - 1, min(len(obs), 100_000)).astype(int)
-    obs, action = np.asarray(obs)[among].astype(float), np.asarray(action)[among]
+    place = np.linspace(0, len(obs) - 1, min(len(obs), 100_000)).astype(int)
+    away = min(1000, len(obs) // 10)
+    rows = np.hstack([np.asarray(obs, float)[place], np.asarray(action)[place]])
+    place = place[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
+    obs, action = np.asarray(obs)[place].astype(float), np.asarray(action)[place]
     obs = ((obs - obs.mean(axis=0)) / (obs.std(axis=0) + 1e-3)).astype(np.float32)
     half_square = np.square(obs).sum(axis=1) / 2
     asked = np.linspace(0, len(obs) - 1, min(len(obs), 2048)).astype(int)
     squares = []
     for some in np.array_split(asked, len(asked) // 256 + 1):
         distance = half_square - obs[some] @ obs.T  # half its square, less the same
-        distance[np.arange(len(some)), some] = np.inf
+        distance[np.abs(place[some][:, None] - place) <= away] = np.inf
         nearest = distance.argmin(axis=1)
         squares.append(np.square(action[some] - action[nearest]).mean(axis=1))
     return float(np.sqrt(np.concatenate(squares).mean() / 2))
 
 
 def resolve(
-    config: Config, domain: str, action_dim: int, spread: float, num_updates: int
+    config: Config, domain: str, obs: np.ndarray, action: np.ndarray, num_updates: int
 ) -> Config:
     """Returns `config` with every unset option at its domain's value.
 
     Args:
-        spread: `action_spread` of the data; what locomotion's weight of Q follows.
+        obs, action: of the data, in its order; what locomotion's weight of Q follows.
         num_updates: of the whole run, over which the actor's learning rate decays.
     """
-    q_weight = min(Q_PER_SPREAD * spread**3, LARGEST_Q_WEIGHT)
-    defaults = {"q_weight": q_weight} | DEFAULTS[domain]
-    defaults |= {"scale": action_dim / 2, "actor_decay_updates": num_updates}
+    defaults = DEFAULTS[domain] | {"scale": action.shape[1] / 2}
+    defaults["actor_decay_updates"] = num_updates
+    if config.q_weight is None and "q_weight" not in defaults:
+        cubed = action_spread(obs, action) ** 3
+        defaults["q_weight"] = min(Q_PER_SPREAD * cubed, LARGEST_Q_WEIGHT)
     unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     return dataclasses.replace(config, **unset)
 
@@ -513,8 +519,7 @@ def main(args: list[str] | None = None) -> None:
     dataset = datasets.load(options.dataset, options.eval_map, options.best_fraction)
     options = resolve_options(options, dataset, config.policy_delay)
     total = options.num_updates or 0
-    spread = action_spread(dataset.obs, dataset.action)
-    config = resolve(config, dataset.domain, dataset.action_dim, spread, total)
+    config = resolve(config, dataset.domain, dataset.obs, dataset.action, total)
     data, mean, std = prepare(
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -144,12 +145,17 @@ def test_config_takes_the_edges():
     Config(mu=1e6, discount=0.0, batch_size=1, policy_delay=1, reward_shift=-1.0)
 
 
+# Two states far from each other, twice each: the spread of their actions is .2.
+FOUR = np.array([[0.0], [0.1], [9.0], [9.1]])
+SPREAD = np.array([[0.0], [0.2], [1.0], [0.8]]) * np.sqrt([2.0] * 5)
+
+
 @pytest.mark.parametrize("domain", td3_bst.DEFAULTS)
 def test_resolve_fills_what_is_unset(domain: str):
-    config = td3_bst.resolve(Config(batch_size=7), domain, 5, 0.2, num_updates=1000)
+    config = td3_bst.resolve(Config(batch_size=7), domain, FOUR, SPREAD, 1000)
     assert config.scale == 2.5  # dim(A) / 2
     assert config.q_weight == pytest.approx(1 if "maze" in domain else 600 * 0.2**3)
-    wide = td3_bst.resolve(Config(), domain, 5, 0.5, num_updates=1000)
+    wide = td3_bst.resolve(Config(), domain, FOUR, 2 * SPREAD, num_updates=1000)
     assert wide.q_weight == (1 if "maze" in domain else 25)
     assert config.actor_decay_updates == 1000
     for name, value in td3_bst.DEFAULTS[domain].items():
@@ -175,7 +181,9 @@ def test_resolve_keeps_what_is_set(domain: str):
         critic_layer_norm=False,
         actor_decay_updates=0,
     )
-    assert td3_bst.resolve(config, domain, 5, 0.2, num_updates=1000) == config
+    with mock.patch.object(td3_bst, "action_spread", side_effect=AssertionError):
+        same = td3_bst.resolve(config, domain, FOUR, SPREAD, num_updates=1000)
+    assert same == config
 
 
 def test_action_spread_by_hand():
@@ -196,10 +204,26 @@ def test_action_spread_is_the_noise_of_the_behaviour(sigma: float, size: int):
     found = td3_bst.action_spread(obs, np.zeros((size, 3)) + noise)
     assert found == pytest.approx(sigma, rel=0.1)
     assert td3_bst.action_spread(obs, noise * 2) == pytest.approx(2 * found)
-    # What the state decides does not count, where there are states enough.
     if size > 1000:
+        # What the state decides does not count, where there are states enough.
         found = td3_bst.action_spread(obs, 0.3 * np.sin(3 * obs[:, :1]) + noise)
         assert found == pytest.approx(sigma, rel=0.1)
+
+
+def test_action_spread_where_noise_lasts_and_where_transitions_are_there_twice():
+    # The nearest state of all is the one a step before, with nearly the same noise.
+    rng = np.random.default_rng(0)
+    obs = np.sin(np.cumsum(0.05 * rng.standard_normal((30_000, 2)), axis=0))
+    noise = np.zeros((30_000, 2))
+    for t, fresh in enumerate(
+        0.3 * np.sqrt(1 - 0.99**2) * rng.standard_normal((30_000, 2))
+    ):
+        noise[t] = 0.99 * noise[t - 1] + fresh
+    found = td3_bst.action_spread(obs, noise)
+    assert found == pytest.approx(0.3, rel=0.1)
+    twice = td3_bst.action_spread(np.tile(obs, (2, 1)), np.tile(noise, (2, 1)))
+    assert twice == pytest.approx(found, rel=0.1)
+    assert td3_bst.action_spread(np.ones((50, 2)), np.ones((50, 2))) == 0.0
 
 
 # ======================================================================== Supervisor
