@@ -111,7 +111,7 @@ LOCOMOTION = {
 POINTMAZE = {"mu": 0.3, "floor": 0.0, "discount": 0.98, "reward_scale": 10.0}
 ANTMAZE = {"floor": 5.0, "discount": 0.998, "reward_scale": 100.0}
 MAZE = {"q_weight": 1.0, "n_step": 1, "polyak": 0.01, "critic_layer_norm": True}
-Q_PER_SPREAD = 600.0  # locomotion: q_weight over the cubed spread of the actions
+Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
 LARGEST_Q_WEIGHT = 25.0  # that a spread may ask for
 DEFAULTS = {  # from short experiments, results/bst_study.md
     "locomotion": LOCOMOTION,
@@ -163,8 +163,8 @@ def resolve(
     defaults = DEFAULTS[domain] | {"scale": action.shape[1] / 2}
     defaults["actor_decay_updates"] = num_updates
     if config.q_weight is None and "q_weight" not in defaults:
-        cubed = action_spread(obs, action) ** 3
-        defaults["q_weight"] = min(Q_PER_SPREAD * cubed, LARGEST_Q_WEIGHT)
+        weight = Q_PER_SPREAD * action_spread(obs, action) ** 4
+        defaults["q_weight"] = min(weight, LARGEST_Q_WEIGHT)
     unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     return dataclasses.replace(config, **unset)
 

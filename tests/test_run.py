@@ -64,7 +64,7 @@ def test_the_weight_of_q_follows_the_data(capsys, tmp_path):
         *("--dataset", path, "--num-updates", 2, "--run-dir", tmp_path),
     )
     config = json.loads((folder / "config.json").read_text())["config"]
-    assert config["q_weight"] == pytest.approx(600 * (0.3 / 3**0.5) ** 3, rel=0.2)
+    assert config["q_weight"] == pytest.approx(9000 * (0.3 / 3**0.5) ** 4, rel=0.3)
     assert config["n_step"] == 1000
 
 

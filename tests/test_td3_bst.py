@@ -154,7 +154,7 @@ SPREAD = np.array([[0.0], [0.2], [1.0], [0.8]]) * np.sqrt([2.0] * 5)
 def test_resolve_fills_what_is_unset(domain: str):
     config = td3_bst.resolve(Config(batch_size=7), domain, FOUR, SPREAD, 1000)
     assert config.scale == 2.5  # dim(A) / 2
-    assert config.q_weight == pytest.approx(1 if "maze" in domain else 600 * 0.2**3)
+    assert config.q_weight == pytest.approx(1 if "maze" in domain else 9000 * 0.2**4)
     wide = td3_bst.resolve(Config(), domain, FOUR, 2 * SPREAD, num_updates=1000)
     assert wide.q_weight == (1 if "maze" in domain else 25)
     assert config.actor_decay_updates == 1000
