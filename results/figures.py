@@ -249,7 +249,7 @@ def _dashed(ax: Axes, data: Sequence[Run], column: str) -> None:
 
 
 def _name(ax: Axes, dataset: str, column: str) -> None:
-    title = "embedded maze" if dataset == EMBEDDED else dataset
+    title = "embedded maze" if dataset == EMBEDDED else dataset.replace("+", "\n+ ")
     ax.set_title(title, fontsize=9)
     ax.set_ylabel(NAMES.get(column, column), fontsize=8)
     ax.tick_params(labelsize=8)
