@@ -136,16 +136,19 @@ def action_spread(obs: np.ndarray, action: np.ndarray) -> float:
     """
     place = np.linspace(0, len(obs) - 1, min(len(obs), 100_000)).astype(int)
     away = min(1000, len(obs) // 10)
-    rows = np.hstack([np.asarray(obs, float)[place], np.asarray(action)[place]])
-    place = place[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
     obs, action = np.asarray(obs)[place].astype(float), np.asarray(action)[place]
+    once = np.sort(np.unique(np.hstack([obs, action]), axis=0, return_index=True)[1])
+    place, obs, action = place[once], obs[once], action[once]
     obs = ((obs - obs.mean(axis=0)) / (obs.std(axis=0) + 1e-3)).astype(np.float32)
     half_square = np.square(obs).sum(axis=1) / 2
     asked = np.linspace(0, len(obs) - 1, min(len(obs), 2048)).astype(int)
     squares = []
     for some in np.array_split(asked, len(asked) // 256 + 1):
         distance = half_square - obs[some] @ obs.T  # half its square, less the same
-        distance[np.abs(place[some][:, None] - place) <= away] = np.inf
+        first = np.searchsorted(place, place[some] - away)
+        after = np.searchsorted(place, place[some] + away, side="right")
+        for row, i, j in zip(distance, first, after, strict=True):
+            row[i:j] = np.inf
         nearest = distance.argmin(axis=1)
         squares.append(np.square(action[some] - action[nearest]).mean(axis=1))
     return float(np.sqrt(np.concatenate(squares).mean() / 2))
