@@ -51,6 +51,7 @@ class Config:
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor and critics
     actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
     actor_decay_updates: int = 0  # cosine to 0; 0: none, as the reference
+    actor_ema: float = 0.0  # of the evaluated policy; 0: none, as the reference
     critic_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
     policy_noise: float = 0.2  # sigma of the target action's noise
@@ -72,6 +73,8 @@ class Config:
             raise ValueError(f"discount must lie in [0, 1], got {self.discount}")
         if self.polyak is not None and not 0 < self.polyak <= 1:
             raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}")
+        if not 0 <= self.actor_ema < 1:
+            raise ValueError(f"actor_ema must lie in [0, 1), got {self.actor_ema}")
         for name in ("actor_decay_updates", "policy_noise", "noise_clip"):
             if not getattr(self, name) >= 0:
                 raise ValueError(
@@ -126,6 +129,7 @@ class AgentState(NamedTuple):
     """Everything that training changes."""
 
     actor: Params
+    mean_actor: Params  # its running mean, the policy that is evaluated
     critics: Params  # twin: leading axis 2
     target_actor: Params
     target_critics: Params
@@ -254,6 +258,7 @@ def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> Agent
     adam_actor, adam_critics = optimizers(config)
     return AgentState(
         actor=actor,
+        mean_actor=jax.tree.map(jnp.copy, actor),
         critics=critics,
         target_actor=jax.tree.map(jnp.copy, actor),
         target_critics=jax.tree.map(jnp.copy, critics),
@@ -283,6 +288,19 @@ def follow(targets: Params, parameters: Params, config: Config) -> Params:
     return optax.incremental_update(parameters, targets, tau)
 
 
+def average(mean: Params, actor: Params, actor_opt: Any, config: Config) -> Params:
+    """The running mean of the actors: of all alike at first, then an exponential one.
+
+    Single policies of a run fall where their neighbours walk; their mean does less
+    (Block et al., arXiv 2310.11428).
+    """
+    if not config.actor_ema:
+        return actor
+    count = actor_opt[0].count  # Adam's, of steps done
+    rate: Any = jnp.maximum(1.0 - config.actor_ema, 1.0 / count)
+    return optax.incremental_update(actor, mean, rate)
+
+
 def update_actor(
     agent: AgentState, alpha: jax.Array, batch: Transition, config: Config
 ) -> tuple[AgentState, Metrics]:
@@ -296,6 +314,7 @@ def update_actor(
     metrics["actor_grad_norm"] = optax.tree.norm(grad)
     return agent._replace(
         actor=actor,
+        mean_actor=average(agent.mean_actor, actor, actor_opt, config),
         actor_opt=actor_opt,
         target_actor=follow(agent.target_actor, actor, config),
         target_critics=follow(agent.target_critics, agent.critics, config),
@@ -442,10 +461,10 @@ def main(args: list[str] | None = None) -> None:
     agent = job.map(partial(init, **dims, config=config), True)(job.keys(0))
     step, restored = 0, job.restore(agent)
     if restored is None:
-        job.checkpoint(0, agent, agent.actor)
+        job.checkpoint(0, agent, agent.mean_actor)
     else:
         agent, step = restored
-        job.evaluate_again(step, agent.actor)
+        job.evaluate_again(step, agent.mean_actor)
 
     alpha = job.traced("alpha", config.alpha)
     program = job.chunked(partial(train, config=config), True, True, False, True, False)
@@ -455,7 +474,7 @@ def main(args: list[str] | None = None) -> None:
             agent, metrics = program(length, agent, alpha, data, keys, np.int32(start))
             job.record(metrics, length)
         if job.due(start + length):
-            job.checkpoint(start + length, agent, agent.actor)
+            job.checkpoint(start + length, agent, agent.mean_actor)
 
     density = None
     if reused or job.options.num_morse_updates:
@@ -463,7 +482,7 @@ def main(args: list[str] | None = None) -> None:
         params = run.fit_morse(job, state, data.obs, data.action, lam, net, reused)
         first = jax.tree.map(lambda x: np.asarray(x)[0], params)
         density = partial(morse.certainty, first, scale=lam, config=net)
-    job.finish(agent.actor, density)
+    job.finish(agent.mean_actor, density)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ class Config:
     critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor and critics
     actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
-    actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: the run
+    actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: by domain
+    actor_ema: float | None = None  # of the evaluated policy; 0: none; unset: by domain
     critic_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
     policy_noise: float = 0.2  # sigma of the target action's noise
@@ -86,6 +87,8 @@ class Config:
             raise ValueError(f"discount must lie in [0, 1], got {self.discount}")
         if self.polyak is not None and not 0 < self.polyak <= 1:
             raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}")
+        if self.actor_ema is not None and not 0 <= self.actor_ema < 1:
+            raise ValueError(f"actor_ema must lie in [0, 1), got {self.actor_ema}")
         at_least_0 = ("floor", "omega_cap", "q_weight", "policy_noise", "noise_clip")
         for name in (*at_least_0, "actor_decay_updates"):
             value = getattr(self, name)
@@ -107,10 +110,13 @@ LOCOMOTION = {
     "polyak": 0.02,
     "normalize_obs": True,
     "critic_layer_norm": False,
+    "actor_decay_updates": 0,
+    "actor_ema": 0.999,
 }
 POINTMAZE = {"mu": 0.3, "floor": 0.0, "discount": 0.98, "reward_scale": 10.0}
 ANTMAZE = {"floor": 5.0, "discount": 0.998, "reward_scale": 100.0}
 MAZE = {"q_weight": 1.0, "n_step": 1, "polyak": 0.01, "critic_layer_norm": True}
+MAZE |= {"actor_decay_updates": None, "actor_ema": 0.0}  # None: over the run
 Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
 LARGEST_Q_WEIGHT = 25.0  # that a spread may ask for
 DEFAULTS = {  # from short experiments, results/bst_study.md
@@ -161,10 +167,11 @@ def resolve(
 
     Args:
         obs, action: of the data, in its order; what locomotion's weight of Q follows.
-        num_updates: of the whole run, over which the actor's learning rate decays.
+        num_updates: of the whole run, over which mazes' actors' learning rate decays.
     """
     defaults = DEFAULTS[domain] | {"scale": action.shape[1] / 2}
-    defaults["actor_decay_updates"] = num_updates
+    if defaults["actor_decay_updates"] is None:
+        defaults["actor_decay_updates"] = num_updates
     if config.q_weight is None and "q_weight" not in defaults:
         weight = Q_PER_SPREAD * action_spread(obs, action) ** 4
         defaults["q_weight"] = min(weight, LARGEST_Q_WEIGHT)
@@ -198,6 +205,7 @@ class AgentState(NamedTuple):
     """Everything that training changes."""
 
     actor: Params
+    mean_actor: Params  # its running mean, the policy that is evaluated
     critics: Params  # twin: leading axis 2
     target_actor: Params
     target_critics: Params
@@ -348,6 +356,7 @@ def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> Agent
     adam_actor, adam_critics = optimizers(config)
     return AgentState(
         actor=actor,
+        mean_actor=jax.tree.map(jnp.copy, actor),
         critics=critics,
         target_actor=jax.tree.map(jnp.copy, actor),
         target_critics=jax.tree.map(jnp.copy, critics),
@@ -377,6 +386,19 @@ def follow(targets: Params, parameters: Params, config: Config) -> Params:
     return optax.incremental_update(parameters, targets, tau)
 
 
+def average(mean: Params, actor: Params, actor_opt: Any, config: Config) -> Params:
+    """The running mean of the actors: of all alike at first, then an exponential one.
+
+    Single policies of a run fall where their neighbours walk; their mean does less
+    (Block et al., arXiv 2310.11428).
+    """
+    if not config.actor_ema:
+        return actor
+    count = actor_opt[0].count  # Adam's, of steps done
+    rate: Any = jnp.maximum(1.0 - config.actor_ema, 1.0 / count)
+    return optax.incremental_update(actor, mean, rate)
+
+
 def update_actor(
     agent: AgentState, bst: Supervisor, batch: Transition, config: Config
 ) -> tuple[AgentState, Metrics]:
@@ -390,6 +412,7 @@ def update_actor(
     actor = optax.apply_updates(agent.actor, step)
     return agent._replace(
         actor=actor,
+        mean_actor=average(agent.mean_actor, actor, actor_opt, config),
         actor_opt=actor_opt,
         target_actor=follow(agent.target_actor, actor, config),
         target_critics=follow(agent.target_critics, agent.critics, config),
@@ -543,10 +566,10 @@ def main(args: list[str] | None = None) -> None:
     if restored is None:
         pairs = (data.obs, data.action)
         params = run.fit_morse(job, morse_state, *pairs, lam, net, reused)
-        job.checkpoint(0, (agent, params), agent.actor)
+        job.checkpoint(0, (agent, params), agent.mean_actor)
     else:
         (agent, params), step = restored
-        job.evaluate_again(step, agent.actor)
+        job.evaluate_again(step, agent.mean_actor)
 
     bst = Supervisor(
         params,
@@ -561,11 +584,11 @@ def main(args: list[str] | None = None) -> None:
             agent, metrics = program(length, agent, bst, data, keys, np.int32(start))
             job.record(metrics, length)
         if job.due(start + length):
-            job.checkpoint(start + length, (agent, params), agent.actor)
+            job.checkpoint(start + length, (agent, params), agent.mean_actor)
 
     first = jax.tree.map(lambda x: np.asarray(x)[0], params)
     density = partial(morse.certainty, first, scale=bst.scale[0], config=net)
-    job.finish(agent.actor, density)
+    job.finish(agent.mean_actor, density)
 
 
 if __name__ == "__main__":

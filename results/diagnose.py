@@ -137,7 +137,8 @@ def load(folder: Path) -> tuple[list[Lane], Dataset, rollout.NumpyPolicy]:
     )
     agent = whole["state"][0] if hasattr(config, "morse_net") else whole["state"]
     box = dataset.action_low, dataset.action_high
-    layers = rollout.layers_of(agent.actor)
+    evaluated = getattr(agent, "mean_actor", agent.actor)
+    layers = rollout.layers_of(evaluated)
     policy = rollout.NumpyPolicy(layers, whole["obs_mean"], whole["obs_std"], *box)
     one = jax.tree.map(lambda x: np.zeros(x.shape[1:]), density)
     lanes = []
@@ -157,7 +158,7 @@ def load(folder: Path) -> tuple[list[Lane], Dataset, rollout.NumpyPolicy]:
         if hasattr(config, "mu") and getattr(config, "policy_step", "bst") == "bst":
             values = {x: run.get(x, getattr(config, x)) for x in ("mu", "floor")}
             bst = module.Supervisor(params, scale=scale, **values)
-        actor = jax.tree.map(lambda x, i=i: x[i], agent.actor)
+        actor = jax.tree.map(lambda x, i=i: x[i], evaluated)
         critics = jax.tree.map(lambda x, i=i: x[i], agent.critics)
         lanes.append(Lane(label, module, config, actor, critics, params, scale, bst))
     return lanes, dataset, policy

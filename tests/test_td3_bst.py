@@ -73,7 +73,7 @@ def agent_by_hand(target_actor: Any, target_critics: Any) -> AgentState:
     actor, critics = jax.tree.map(
         lambda x: jnp.full_like(x, jnp.nan), (target_actor, target_critics)
     )
-    return AgentState(actor, critics, target_actor, target_critics, (), ())
+    return AgentState(actor, actor, critics, target_actor, target_critics, (), ())
 
 
 def transitions(
@@ -126,6 +126,8 @@ KEY = jax.random.key(0)
         dict(omega_cap=-1.0),
         dict(actor_decay_updates=-1),
         dict(q_weight=-0.1),
+        dict(actor_ema=-0.1),
+        dict(actor_ema=1.0),
         dict(actor_critics=0),
         dict(actor_critics=3),
         dict(hidden_dims=()),
@@ -157,9 +159,9 @@ def test_resolve_fills_what_is_unset(domain: str):
     assert config.q_weight == pytest.approx(1 if "maze" in domain else 9000 * 0.2**4)
     wide = td3_bst.resolve(Config(), domain, FOUR, 2 * SPREAD, num_updates=1000)
     assert wide.q_weight == (1 if "maze" in domain else 25)
-    assert config.actor_decay_updates == 1000
+    assert config.actor_decay_updates == (1000 if "maze" in domain else 0)
     for name, value in td3_bst.DEFAULTS[domain].items():
-        assert getattr(config, name) == value
+        assert getattr(config, name) == (1000 if value is None else value)
     assert None not in dataclasses.asdict(config).values()
     assert config.batch_size == 7
 
@@ -180,6 +182,7 @@ def test_resolve_keeps_what_is_set(domain: str):
         normalize_obs=False,
         critic_layer_norm=False,
         actor_decay_updates=0,
+        actor_ema=0.0,
     )
     with mock.patch.object(td3_bst, "action_spread", side_effect=AssertionError):
         same = td3_bst.resolve(config, domain, FOUR, SPREAD, num_updates=1000)
@@ -617,6 +620,19 @@ def test_only_the_actors_step_decays(script: Any):
     assert adam_steps(constant, 6) == pytest.approx([-0.1] * 6, rel=1e-4)
 
 
+@pytest.mark.parametrize("script", [td3_bst, td3_bc])
+def test_the_evaluated_policy_is_a_mean_of_the_actors(script: Any):
+    # Actors 1, 2, 3, 4 after steps 1 to 4; decay .6: means of all while 1 / step is
+    # above .4, so 1, 1.5, then .6 * 1.5 + .4 * 3 = 2.1 and .6 * 2.1 + .4 * 4 = 2.86.
+    config, none = (script.Config(actor_ema=ema) for ema in (0.6, 0.0))
+    (adam, *rest), mean = script.optimizers(config)[0].init(f32(0.0)), f32(9.0)
+    for step, expected in [(1, 1.0), (2, 1.5), (3, 2.1), (4, 2.86)]:
+        opt_state = (adam._replace(count=jnp.int32(step)), *rest)
+        mean = script.average(mean, f32(step), opt_state, config)
+        assert float(mean) == pytest.approx(expected)
+        assert script.average(mean, f32(step), opt_state, none) == step
+
+
 @pytest.mark.parametrize(("through", "cap"), [(True, 0.0), (False, 0.0), (True, 1.0)])
 def test_actor_step_against_numpy(one_step, through: bool, cap: float):
     agent, _, batch, (reference, supervisor, rows) = one_step
@@ -724,7 +740,7 @@ def test_update_critics_changes_only_the_critics(one_step):
 def test_update_actor_changes_only_the_actor_and_the_targets(one_step):
     agent, bst, batch, _ = one_step
     stepped, _ = update_actor(agent, bst, batch, LARGE_STEPS)
-    for name in ("actor", "target_actor", "target_critics"):
+    for name in ("actor", "mean_actor", "target_actor", "target_critics"):
         assert_changed(getattr(stepped, name), getattr(agent, name))
     assert_changed(stepped.actor_opt[0], agent.actor_opt[0])
     assert_same(stepped.critics, agent.critics)
