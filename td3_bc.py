@@ -51,8 +51,9 @@ class Config:
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor and critics
     actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
     actor_decay_updates: int = 0  # cosine to 0; 0: none, as the reference
-    actor_ema: float = 0.0  # of the evaluated policy; 0: none, as the reference
-    critic_learning_rate: float = 3e-4  # Adam's step size
+    actor_ema: float = 0.0  # decay of the evaluated policy's mean; 0: the last actor
+    critic_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
+    critic_decay_updates: int = 0  # cosine to 0; 0: none, as the reference
     batch_size: int = 256  # B, transitions per update
     policy_noise: float = 0.2  # sigma of the target action's noise
     noise_clip: float = 0.5  # c, largest noise
@@ -75,7 +76,8 @@ class Config:
             raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}")
         if not 0 <= self.actor_ema < 1:
             raise ValueError(f"actor_ema must lie in [0, 1), got {self.actor_ema}")
-        for name in ("actor_decay_updates", "policy_noise", "noise_clip"):
+        decays = ("actor_decay_updates", "critic_decay_updates")
+        for name in (*decays, "policy_noise", "noise_clip"):
             if not getattr(self, name) >= 0:
                 raise ValueError(
                     f"{name} must not be negative, got {getattr(self, name)}"
@@ -239,12 +241,17 @@ def actor_loss(
 def optimizers(
     config: Config,
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """Adam for the actor (its step a cosine to 0, if asked) and for the critics."""
+    """Adam for the actor and for the critics, their steps cosines to 0 if asked."""
     rate: Any = config.actor_learning_rate
     if config.actor_decay_updates:
         num_steps = config.actor_decay_updates // config.policy_delay
         rate = optax.cosine_decay_schedule(rate, max(num_steps, 1))
-    return optax.adam(rate), optax.adam(config.critic_learning_rate)
+    critic_rate: Any = config.critic_learning_rate
+    if config.critic_decay_updates:
+        critic_rate = optax.cosine_decay_schedule(
+            critic_rate, config.critic_decay_updates
+        )
+    return optax.adam(rate), optax.adam(critic_rate)
 
 
 def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> AgentState:

@@ -60,9 +60,10 @@ class Config:
     critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor and critics
     actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
-    actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: by domain
-    actor_ema: float | None = None  # of the evaluated policy; 0: none; unset: by domain
-    critic_learning_rate: float = 3e-4  # Adam's step size
+    actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: the run
+    actor_ema: float = 0.0  # decay of the evaluated policy's mean; 0: the last actor
+    critic_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
+    critic_decay_updates: int = 0  # cosine to 0; 0: none
     batch_size: int = 256  # B, transitions per update
     policy_noise: float = 0.2  # sigma of the target action's noise
     noise_clip: float = 0.5  # c, largest noise
@@ -87,10 +88,10 @@ class Config:
             raise ValueError(f"discount must lie in [0, 1], got {self.discount}")
         if self.polyak is not None and not 0 < self.polyak <= 1:
             raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}")
-        if self.actor_ema is not None and not 0 <= self.actor_ema < 1:
+        if not 0 <= self.actor_ema < 1:
             raise ValueError(f"actor_ema must lie in [0, 1), got {self.actor_ema}")
         at_least_0 = ("floor", "omega_cap", "q_weight", "policy_noise", "noise_clip")
-        for name in (*at_least_0, "actor_decay_updates"):
+        for name in (*at_least_0, "actor_decay_updates", "critic_decay_updates"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -110,13 +111,10 @@ LOCOMOTION = {
     "polyak": 0.02,
     "normalize_obs": True,
     "critic_layer_norm": False,
-    "actor_decay_updates": 0,
-    "actor_ema": 0.999,
 }
 POINTMAZE = {"mu": 0.3, "floor": 0.0, "discount": 0.98, "reward_scale": 10.0}
 ANTMAZE = {"floor": 5.0, "discount": 0.998, "reward_scale": 100.0}
 MAZE = {"q_weight": 1.0, "n_step": 1, "polyak": 0.01, "critic_layer_norm": True}
-MAZE |= {"actor_decay_updates": None, "actor_ema": 0.0}  # None: over the run
 Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
 LARGEST_Q_WEIGHT = 25.0  # that a spread may ask for
 DEFAULTS = {  # from short experiments, results/bst_study.md
@@ -167,11 +165,10 @@ def resolve(
 
     Args:
         obs, action: of the data, in its order; what locomotion's weight of Q follows.
-        num_updates: of the whole run, over which mazes' actors' learning rate decays.
+        num_updates: of the whole run, over which the actor's learning rate decays.
     """
     defaults = DEFAULTS[domain] | {"scale": action.shape[1] / 2}
-    if defaults["actor_decay_updates"] is None:
-        defaults["actor_decay_updates"] = num_updates
+    defaults["actor_decay_updates"] = num_updates
     if config.q_weight is None and "q_weight" not in defaults:
         weight = Q_PER_SPREAD * action_spread(obs, action) ** 4
         defaults["q_weight"] = min(weight, LARGEST_Q_WEIGHT)
@@ -337,12 +334,17 @@ def actor_loss(
 def optimizers(
     config: Config,
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """Adam for the actor (its step a cosine to 0, if asked) and for the critics."""
+    """Adam for the actor and for the critics, their steps cosines to 0 if asked."""
     rate: Any = config.actor_learning_rate
     if config.actor_decay_updates:
         num_steps = config.actor_decay_updates // config.policy_delay
         rate = optax.cosine_decay_schedule(rate, max(num_steps, 1))
-    return optax.adam(rate), optax.adam(config.critic_learning_rate)
+    critic_rate: Any = config.critic_learning_rate
+    if config.critic_decay_updates:
+        critic_rate = optax.cosine_decay_schedule(
+            critic_rate, config.critic_decay_updates
+        )
+    return optax.adam(rate), optax.adam(critic_rate)
 
 
 def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> AgentState:

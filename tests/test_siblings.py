@@ -7,11 +7,11 @@ ROOT = Path(__file__).parent.parent
 # Same-named definitions that may differ from td3_bst.py's, and why.
 TD3_BC = {
     "Config": "alpha instead of mu, scale and the Morse network",
-    "LOCOMOTION": "mu and floor; the targets and the evaluated policy, TD3+BC's own",
+    "LOCOMOTION": "mu and floor; the targets' step and their rewards, TD3+BC's own",
     "POINTMAZE": "mu and floor",
     "ANTMAZE": "floor",
     "TRACED": "alpha",
-    "MAZE": "the weight of Q, the actor's decay and mean",
+    "MAZE": "the weight of Q",
     "resolve": "the defaults of scale, decay and the weight of Q",
     "actor_loss": "the objective",
     "update_actor": "hands alpha on, not the supervisor",

@@ -126,6 +126,7 @@ KEY = jax.random.key(0)
         dict(omega_cap=-1.0),
         dict(actor_decay_updates=-1),
         dict(q_weight=-0.1),
+        dict(critic_decay_updates=-1),
         dict(actor_ema=-0.1),
         dict(actor_ema=1.0),
         dict(actor_critics=0),
@@ -159,9 +160,9 @@ def test_resolve_fills_what_is_unset(domain: str):
     assert config.q_weight == pytest.approx(1 if "maze" in domain else 9000 * 0.2**4)
     wide = td3_bst.resolve(Config(), domain, FOUR, 2 * SPREAD, num_updates=1000)
     assert wide.q_weight == (1 if "maze" in domain else 25)
-    assert config.actor_decay_updates == (1000 if "maze" in domain else 0)
+    assert config.actor_decay_updates == 1000
     for name, value in td3_bst.DEFAULTS[domain].items():
-        assert getattr(config, name) == (1000 if value is None else value)
+        assert getattr(config, name) == value
     assert None not in dataclasses.asdict(config).values()
     assert config.batch_size == 7
 
@@ -182,7 +183,6 @@ def test_resolve_keeps_what_is_set(domain: str):
         normalize_obs=False,
         critic_layer_norm=False,
         actor_decay_updates=0,
-        actor_ema=0.0,
     )
     with mock.patch.object(td3_bst, "action_spread", side_effect=AssertionError):
         same = td3_bst.resolve(config, domain, FOUR, SPREAD, num_updates=1000)
@@ -605,19 +605,20 @@ def test_critic_step_against_numpy(one_step):
 
 
 @pytest.mark.parametrize("script", [td3_bst, td3_bc])
-def test_only_the_actors_step_decays(script: Any):
+@pytest.mark.parametrize("which", ["actor", "critic"])
+def test_what_decays_and_what_does_not(script: Any, which: str):
     # A constant gradient's Adam step is the rate itself. One actor step in two
-    # updates, so the cosine over 8 updates ends after 4 steps:
+    # updates, so the cosine over 8 updates ends after 4 steps, the critics' over 4:
     # .1 (1 + cos(pi t / 4)) / 2 = .1, .0853553, .05, .0146447, 0, and 0 after.
     config = script.Config(
-        actor_learning_rate=0.1, critic_learning_rate=0.2, actor_decay_updates=8
+        actor_learning_rate=0.1, critic_learning_rate=0.1, actor_decay_updates=0
     )
-    still = dataclasses.replace(config, actor_decay_updates=0)
-    rates = [0.1, 0.0853553, 0.05, 0.0146447, 0, 0]
-    (actor, critics), (constant, _) = map(script.optimizers, (config, still))
-    assert adam_steps(actor, 6) == pytest.approx([-x for x in rates], abs=1e-5)
-    assert adam_steps(critics, 6) == pytest.approx([-0.2] * 6, rel=1e-4)
-    assert adam_steps(constant, 6) == pytest.approx([-0.1] * 6, rel=1e-4)
+    updates = {"actor": 8, "critic": 4}[which]
+    falling = dataclasses.replace(config, **{f"{which}_decay_updates": updates})
+    falls = [-0.1, -0.0853553, -0.05, -0.0146447, 0, 0]
+    for adam, name in zip(script.optimizers(falling), ("actor", "critic"), strict=True):
+        expected = falls if name == which else [-0.1] * 6
+        assert adam_steps(adam, 6) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("script", [td3_bst, td3_bc])
