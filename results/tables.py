@@ -46,8 +46,6 @@ BEFORE = {  # of the sweep over lam
     "polyak",
     "q_weight",
 }
-FACTORS = dict(sweeps.TABLES["bst-factors"].further)  # the point it starts from
-MAZES = {"n_step": "1", "q_weight": "1"}  # of it, what is the default there
 NAMES = {"score": "score", "length": "steps to the goal", "success": "success rate"}
 RESAMPLES = 5_000
 NOT_YET = "No such runs yet."
@@ -162,17 +160,24 @@ def by_scale(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
     return groups
 
 
+def starting_point(dataset: str) -> dict[str, str]:
+    """What the tables `bst-factors` and `bst-factors-maze` set for all their runs."""
+    name = "bst-factors-maze" if "maze" in dataset else "bst-factors"
+    return dict(sweeps.TABLES[name].further)
+
+
 def by_variant(runs: Sequence[Run], step: int) -> dict[str, dict[str, list[Run]]]:
     """By dataset and what is changed, TD3-BST's runs of `step` updates; plain first.
 
-    What the table `bst-factors` sets for all its runs is no change.
+    What the dataset's `starting_point` sets is no change.
     """
     groups: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         if run.method != "TD3-BST" or run.step != step or not is_finished(run):
             continue
-        changed = sorted(run.options.items() - FACTORS.items())
-        unnamed = PLAIN - FACTORS.keys()
+        point = starting_point(run.dataset)
+        changed = sorted(run.options.items() - point.items())
+        unnamed = PLAIN - point.keys()
         label = "+".join(f"{name}={x}" for name, x in changed if name not in unnamed)
         own = groups.setdefault(run.dataset, {sweeps.PLAIN: []})
         own.setdefault(label or sweeps.PLAIN, []).append(run)
@@ -366,13 +371,12 @@ def standin_table(rows: Sequence[Row], step: int = 100_000) -> str:
 
 
 def factor_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the table `bst-factors`, and of other methods."""
+    """The rows of `bst-factors` and `bst-factors-maze`, and of other methods."""
 
     def belongs(row: Row) -> bool:
-        defaults = MAZES if "maze" in row["dataset"] else {}
-        found = defaults | store.options_of(row)
-        length = "num_morse_updates"  # what no run of the table changes
-        return FACTORS.keys() <= found.keys() and found[length] == FACTORS[length]
+        point, found = starting_point(row["dataset"]), store.options_of(row)
+        length = "num_morse_updates"  # what no run of the tables changes
+        return point.keys() <= found.keys() and found[length] == point[length]
 
     return [row for row in rows if row["algorithm"] != "td3_bst" or belongs(row)]
 

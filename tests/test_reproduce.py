@@ -87,8 +87,9 @@ def test_a_variant_is_a_job_of_its_own():
     assert len({job.name("code") for job in made}) == 2
 
 
-def test_every_variant_of_the_factor_study_is_an_option_of_the_script():
-    sweep = sweeps.TABLES["bst-factors"]
+@pytest.mark.parametrize("table", ["bst-factors", "bst-factors-maze"])
+def test_every_variant_of_the_factor_study_is_an_option_of_the_script(table: str):
+    sweep = sweeps.TABLES[table]
     module = importlib.import_module("td3_bst")
     changed = []
     for variant in sweep.variants:
