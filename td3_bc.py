@@ -242,16 +242,16 @@ def optimizers(
     config: Config,
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """Adam for the actor and for the critics, their steps cosines to 0 if asked."""
-    rate: Any = config.actor_learning_rate
-    if config.actor_decay_updates:
-        num_steps = config.actor_decay_updates // config.policy_delay
-        rate = optax.cosine_decay_schedule(rate, max(num_steps, 1))
-    critic_rate: Any = config.critic_learning_rate
-    if config.critic_decay_updates:
-        critic_rate = optax.cosine_decay_schedule(
-            critic_rate, config.critic_decay_updates
-        )
-    return optax.adam(rate), optax.adam(critic_rate)
+
+    def adam(rate: Any, decay_updates: int | None, updates_per_step: int) -> Any:
+        if decay_updates:
+            num_steps = max(decay_updates // updates_per_step, 1)
+            rate = optax.cosine_decay_schedule(rate, num_steps)
+        return optax.adam(rate)
+
+    delay = config.policy_delay
+    actor = adam(config.actor_learning_rate, config.actor_decay_updates, delay)
+    return actor, adam(config.critic_learning_rate, config.critic_decay_updates, 1)
 
 
 def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> AgentState:

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,7 +131,7 @@ class Sweep:
         return int(index), int(total)
 
 
-FACTORS = (  # what is changed, one at a time, wherever it is
+FACTORS = (  # what the factor study changes, on whichever dataset
     PLAIN,
     "floor=0.5",
     "q_weight=3",
@@ -149,6 +150,9 @@ FACTORS = (  # what is changed, one at a time, wherever it is
     "hidden_dims=256,256,256",
     "batch_size=512",
 )
+FACTOR_STUDY = partial(
+    Sweep, methods=("TD3-BST",), num_seeds=1, num_updates=20_000, eval_every=10_000
+)
 
 TABLES: dict[str, Sweep] = {
     "quick": Sweep(
@@ -160,12 +164,8 @@ TABLES: dict[str, Sweep] = {
     ),
     "locomotion": Sweep(D4RL),
     "antmaze": Sweep(ANTMAZE),
-    "bst-factors": Sweep(
+    "bst-factors": FACTOR_STUDY(
         ("mujoco/halfcheetah/medium-v0",),
-        methods=("TD3-BST",),
-        num_seeds=1,
-        num_updates=20_000,
-        eval_every=10_000,
         set=("num_morse_updates=8000", "n_step=1", "q_weight=1", "discount=0.99"),
         variants=(
             *FACTORS,
@@ -174,12 +174,8 @@ TABLES: dict[str, Sweep] = {
             "n_step=1000+q_weight=0.2",
         ),
     ),
-    "bst-factors-maze": Sweep(
+    "bst-factors-maze": FACTOR_STUDY(
         (EMBEDDED,),
-        methods=("TD3-BST",),
-        num_seeds=1,
-        num_updates=20_000,
-        eval_every=10_000,
         set=("num_morse_updates=8000",),
         variants=(*FACTORS, "critic_layer_norm=False", "reward_shift=-1"),
     ),
