@@ -351,10 +351,19 @@ def awr_loss(
 
 
 def actor_loss(
-    actor: Params, critics: Params, bst: Supervisor, batch: Transition, config: Config
+    actor: Params,
+    critics: Params,
+    bst: Supervisor,
+    batch: Transition,
+    shown: jax.Array,
+    config: Config,
 ) -> tuple[jax.Array, Metrics]:
-    """L_pi: w Q / Z_Q against omega times the squared distance to the data's action."""
-    action = policy(actor, batch.obs, config)
+    """L_pi: w Q / Z_Q against omega times the squared distance to the data's action.
+
+    Args:
+        shown: (B, S) what the actor sees of the states: `batch.obs`, or with noise.
+    """
+    action = policy(actor, shown, config)
     chex.assert_equal_shape([action, batch.action])
     asked = jax.tree.map(lambda x: x[: config.actor_critics], critics)
     q = q_values(asked, batch.obs, action, config).min(axis=0)
@@ -465,7 +474,7 @@ def update_actor(
         metrics |= {"weight": weight.mean(), "advantage": advantage.mean()}
     else:
         grad, metrics = jax.grad(actor_loss, has_aux=True)(
-            agent.actor, agent.critics, bst, batch, config
+            agent.actor, agent.critics, bst, batch, batch.obs, config
         )
     metrics["actor_grad_norm"] = optax.tree.norm(grad)
     adam, _, _ = optimizers(config)

@@ -41,6 +41,7 @@ class Config:
     """TD3+BC's options. Unset (None) ones take the domain's value, see DEFAULTS."""
 
     alpha: float = 2.5  # alpha, weight of Q / Z_Q against the squared error; 0: BC
+    obs_noise: float = 0.0  # std, see `noisy`; 0: none, as the reference
     discount: float | None = None  # gamma, per step; unset: by domain
     reward_scale: float | None = None  # times the reward; unset: by domain
     reward_shift: float | None = None  # added after scaling; unset: by domain
@@ -51,9 +52,7 @@ class Config:
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor and critics
     actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
     actor_decay_updates: int = 0  # cosine to 0; 0: none, as the reference
-    actor_ema: float = 0.0  # decay of the evaluated policy's mean; 0: the last actor
-    critic_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
-    critic_decay_updates: int = 0  # cosine to 0; 0: none, as the reference
+    critic_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
     policy_noise: float = 0.2  # sigma of the target action's noise
     noise_clip: float = 0.5  # c, largest noise
@@ -74,10 +73,8 @@ class Config:
             raise ValueError(f"discount must lie in [0, 1], got {self.discount}")
         if self.polyak is not None and not 0 < self.polyak <= 1:
             raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}")
-        if not 0 <= self.actor_ema < 1:
-            raise ValueError(f"actor_ema must lie in [0, 1), got {self.actor_ema}")
-        decays = ("actor_decay_updates", "critic_decay_updates")
-        for name in (*decays, "policy_noise", "noise_clip"):
+        noises = ("obs_noise", "policy_noise", "noise_clip")
+        for name in (*noises, "actor_decay_updates"):
             if not getattr(self, name) >= 0:
                 raise ValueError(
                     f"{name} must not be negative, got {getattr(self, name)}"
@@ -131,7 +128,6 @@ class AgentState(NamedTuple):
     """Everything that training changes."""
 
     actor: Params
-    mean_actor: Params  # its running mean, the policy that is evaluated
     critics: Params  # twin: leading axis 2
     target_actor: Params
     target_critics: Params
@@ -222,10 +218,19 @@ def critic_loss(
 
 
 def actor_loss(
-    actor: Params, critics: Params, alpha: jax.Array, batch: Transition, config: Config
+    actor: Params,
+    critics: Params,
+    alpha: jax.Array,
+    batch: Transition,
+    shown: jax.Array,
+    config: Config,
 ) -> tuple[jax.Array, Metrics]:
-    """L_pi: alpha Q_1 / Z_Q against the mean squared distance to the data's action."""
-    action = policy(actor, batch.obs, config)
+    """L_pi: alpha Q_1 / Z_Q against the mean squared distance to the data's action.
+
+    Args:
+        shown: (B, S) what the actor sees of the states: `batch.obs`, or with noise.
+    """
+    action = policy(actor, shown, config)
     chex.assert_equal_shape([action, batch.action])
     asked = jax.tree.map(lambda x: x[:1], critics)
     q = q_values(asked, batch.obs, action, config)[0]
@@ -241,17 +246,12 @@ def actor_loss(
 def optimizers(
     config: Config,
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """Adam for the actor and for the critics, their steps cosines to 0 if asked."""
-
-    def adam(rate: Any, decay_updates: int | None, updates_per_step: int) -> Any:
-        if decay_updates:
-            num_steps = max(decay_updates // updates_per_step, 1)
-            rate = optax.cosine_decay_schedule(rate, num_steps)
-        return optax.adam(rate)
-
-    delay = config.policy_delay
-    actor = adam(config.actor_learning_rate, config.actor_decay_updates, delay)
-    return actor, adam(config.critic_learning_rate, config.critic_decay_updates, 1)
+    """Adam for the actor (its step a cosine to 0, if asked) and for the critics."""
+    rate: Any = config.actor_learning_rate
+    if config.actor_decay_updates:
+        num_steps = config.actor_decay_updates // config.policy_delay
+        rate = optax.cosine_decay_schedule(rate, max(num_steps, 1))
+    return optax.adam(rate), optax.adam(config.critic_learning_rate)
 
 
 def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> AgentState:
@@ -265,7 +265,6 @@ def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> Agent
     adam_actor, adam_critics = optimizers(config)
     return AgentState(
         actor=actor,
-        mean_actor=jax.tree.map(jnp.copy, actor),
         critics=critics,
         target_actor=jax.tree.map(jnp.copy, actor),
         target_critics=jax.tree.map(jnp.copy, critics),
@@ -295,25 +294,16 @@ def follow(targets: Params, parameters: Params, config: Config) -> Params:
     return optax.incremental_update(parameters, targets, tau)
 
 
-def average(mean: Params, actor: Params, actor_opt: Any, config: Config) -> Params:
-    """The running mean of the actors: of all alike at first, then an exponential one.
-
-    Single policies of a run fall where their neighbours walk; their mean does less
-    (Block et al., arXiv 2310.11428).
-    """
-    if not config.actor_ema:
-        return actor
-    count = actor_opt[0].count  # Adam's, of steps done
-    rate: Any = jnp.maximum(1.0 - config.actor_ema, 1.0 / count)
-    return optax.incremental_update(actor, mean, rate)
-
-
 def update_actor(
-    agent: AgentState, alpha: jax.Array, batch: Transition, config: Config
+    agent: AgentState,
+    alpha: jax.Array,
+    batch: Transition,
+    shown: jax.Array,
+    config: Config,
 ) -> tuple[AgentState, Metrics]:
     """One Adam step of the actor, then all targets follow the new parameters."""
     grad, metrics = jax.grad(actor_loss, has_aux=True)(
-        agent.actor, agent.critics, alpha, batch, config
+        agent.actor, agent.critics, alpha, batch, shown, config
     )
     adam, _ = optimizers(config)
     step, actor_opt = adam.update(grad, agent.actor_opt)
@@ -321,7 +311,6 @@ def update_actor(
     metrics["actor_grad_norm"] = optax.tree.norm(grad)
     return agent._replace(
         actor=actor,
-        mean_actor=average(agent.mean_actor, actor, actor_opt, config),
         actor_opt=actor_opt,
         target_actor=follow(agent.target_actor, actor, config),
         target_critics=follow(agent.target_critics, agent.critics, config),
@@ -332,6 +321,13 @@ def sample(data: Transition, key: jax.Array, batch_size: int) -> Transition:
     """A uniform batch, with replacement."""
     index = jax.random.randint(key, (batch_size,), 0, data.reward.shape[0])
     return jax.tree.map(lambda x: x[index], data)
+
+
+def noisy(obs: jax.Array, key: jax.Array, config: Config) -> jax.Array:
+    """(B, S) as the actor is shown it in training: like states, like actions."""
+    if not config.obs_noise:
+        return obs
+    return obs + config.obs_noise * jax.random.normal(key, obs.shape)
 
 
 def update(
@@ -347,12 +343,14 @@ def update(
     Critic update t draws from fold_in(key, t), t = step, step + 1, ...; the actor
     uses the last batch, as TD3's reference code does.
     """
-    batch, critic_metrics = data, {}
+    batch, key_shown, critic_metrics = data, key, {}
     for i in range(config.policy_delay):
-        key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step + i))
+        keys = jax.random.split(jax.random.fold_in(key, step + i), 3)
+        key_batch, key_noise, key_shown = keys
         batch = sample(data, key_batch, config.batch_size)
         agent, critic_metrics = update_critics(agent, batch, key_noise, config)
-    agent, actor_metrics = update_actor(agent, alpha, batch, config)
+    shown = noisy(batch.obs, key_shown, config)
+    agent, actor_metrics = update_actor(agent, alpha, batch, shown, config)
     return agent, critic_metrics | actor_metrics
 
 
@@ -468,10 +466,10 @@ def main(args: list[str] | None = None) -> None:
     agent = job.map(partial(init, **dims, config=config), True)(job.keys(0))
     step, restored = 0, job.restore(agent)
     if restored is None:
-        job.checkpoint(0, agent, agent.mean_actor)
+        job.checkpoint(0, agent, agent.actor)
     else:
         agent, step = restored
-        job.evaluate_again(step, agent.mean_actor)
+        job.evaluate_again(step, agent.actor)
 
     alpha = job.traced("alpha", config.alpha)
     program = job.chunked(partial(train, config=config), True, True, False, True, False)
@@ -481,7 +479,7 @@ def main(args: list[str] | None = None) -> None:
             agent, metrics = program(length, agent, alpha, data, keys, np.int32(start))
             job.record(metrics, length)
         if job.due(start + length):
-            job.checkpoint(start + length, agent, agent.mean_actor)
+            job.checkpoint(start + length, agent, agent.actor)
 
     density = None
     if reused or job.options.num_morse_updates:
@@ -489,7 +487,7 @@ def main(args: list[str] | None = None) -> None:
         params = run.fit_morse(job, state, data.obs, data.action, lam, net, reused)
         first = jax.tree.map(lambda x: np.asarray(x)[0], params)
         density = partial(morse.certainty, first, scale=lam, config=net)
-    job.finish(agent.mean_actor, density)
+    job.finish(agent.actor, density)
 
 
 if __name__ == "__main__":

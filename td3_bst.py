@@ -7,7 +7,8 @@ where it is not. Q improves the policy inside the data's support and nowhere els
     M(s, a)  = exp(-lam^2/2 ||f(s, a) - a||^2)            certainty in (0, 1], morse.py
     omega(s) = min(exp((1 - M(s, pi(s))) / mu) - 1, cap) + floor    cap, floor: ours
     L_pi     = mean[omega(s) ||pi(s) - a||^2 - w Q_1(s, pi(s)) / Z_Q]
-               Z_Q = mean |Q_1(s, pi(s))|, a constant to the gradient; w: 1, or ours
+               Z_Q = mean |Q_1(s, pi(s))|, a constant to the gradient; w: 1, or ours;
+               ours too: pi of s + noise for pi(s), while training, see `noisy`
     y        = r + gamma (1 - terminal) min_i Q'_i(s', a'), or see `n_step`,
                a' = clip(pi'(s') + clip(sigma eps, -c, c), -1, 1)
     L_Q      = sum_i mean[(Q_i(s, a) - y)^2]
@@ -50,6 +51,7 @@ class Config:
     scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
     supervisor_gradient: bool = True  # differentiate through omega as well
     q_weight: float | None = None  # w, of Q / Z_Q; unset: by domain and spread
+    obs_noise: float | None = None  # std, see `noisy`; unset: by domain and spread
     actor_critics: int = 1  # 1: Q_1 for the actor; 2: the smaller Q of both
     discount: float | None = None  # gamma, per step; unset: by domain
     reward_scale: float | None = None  # times the reward; unset: by domain
@@ -61,9 +63,7 @@ class Config:
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor and critics
     actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
     actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: the run
-    actor_ema: float = 0.0  # decay of the evaluated policy's mean; 0: the last actor
-    critic_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
-    critic_decay_updates: int = 0  # cosine to 0; 0: none
+    critic_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
     policy_noise: float = 0.2  # sigma of the target action's noise
     noise_clip: float = 0.5  # c, largest noise
@@ -88,10 +88,8 @@ class Config:
             raise ValueError(f"discount must lie in [0, 1], got {self.discount}")
         if self.polyak is not None and not 0 < self.polyak <= 1:
             raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}")
-        if not 0 <= self.actor_ema < 1:
-            raise ValueError(f"actor_ema must lie in [0, 1), got {self.actor_ema}")
         at_least_0 = ("floor", "omega_cap", "q_weight", "policy_noise", "noise_clip")
-        for name in (*at_least_0, "actor_decay_updates", "critic_decay_updates"):
+        for name in (*at_least_0, "obs_noise", "actor_decay_updates"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -114,9 +112,16 @@ LOCOMOTION = {
 }
 POINTMAZE = {"mu": 0.3, "floor": 0.0, "discount": 0.98, "reward_scale": 10.0}
 ANTMAZE = {"floor": 5.0, "discount": 0.998, "reward_scale": 100.0}
-MAZE = {"q_weight": 1.0, "n_step": 1, "polyak": 0.01, "critic_layer_norm": True}
+MAZE = {
+    "q_weight": 1.0,
+    "obs_noise": 0.0,
+    "n_step": 1,
+    "polyak": 0.01,
+    "critic_layer_norm": True,
+}
 Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
 LARGEST_Q_WEIGHT = 25.0  # that a spread may ask for
+NOISE_PER_SPREAD = 0.5  # locomotion: obs_noise over the spread of the actions
 DEFAULTS = {  # from short experiments, results/bst_study.md
     "locomotion": LOCOMOTION,
     "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
@@ -169,9 +174,10 @@ def resolve(
     """
     defaults = DEFAULTS[domain] | {"scale": action.shape[1] / 2}
     defaults["actor_decay_updates"] = num_updates
-    if config.q_weight is None and "q_weight" not in defaults:
-        weight = Q_PER_SPREAD * action_spread(obs, action) ** 4
-        defaults["q_weight"] = min(weight, LARGEST_Q_WEIGHT)
+    if "q_weight" not in defaults and None in (config.q_weight, config.obs_noise):
+        spread = action_spread(obs, action)
+        defaults["q_weight"] = min(Q_PER_SPREAD * spread**4, LARGEST_Q_WEIGHT)
+        defaults["obs_noise"] = NOISE_PER_SPREAD * spread
     unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     return dataclasses.replace(config, **unset)
 
@@ -202,7 +208,6 @@ class AgentState(NamedTuple):
     """Everything that training changes."""
 
     actor: Params
-    mean_actor: Params  # its running mean, the policy that is evaluated
     critics: Params  # twin: leading axis 2
     target_actor: Params
     target_critics: Params
@@ -306,10 +311,19 @@ def critic_loss(
 
 
 def actor_loss(
-    actor: Params, critics: Params, bst: Supervisor, batch: Transition, config: Config
+    actor: Params,
+    critics: Params,
+    bst: Supervisor,
+    batch: Transition,
+    shown: jax.Array,
+    config: Config,
 ) -> tuple[jax.Array, Metrics]:
-    """L_pi: w Q / Z_Q against omega times the squared distance to the data's action."""
-    action = policy(actor, batch.obs, config)
+    """L_pi: w Q / Z_Q against omega times the squared distance to the data's action.
+
+    Args:
+        shown: (B, S) what the actor sees of the states: `batch.obs`, or with noise.
+    """
+    action = policy(actor, shown, config)
     chex.assert_equal_shape([action, batch.action])
     asked = jax.tree.map(lambda x: x[: config.actor_critics], critics)
     q = q_values(asked, batch.obs, action, config).min(axis=0)
@@ -334,17 +348,12 @@ def actor_loss(
 def optimizers(
     config: Config,
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """Adam for the actor and for the critics, their steps cosines to 0 if asked."""
-
-    def adam(rate: Any, decay_updates: int | None, updates_per_step: int) -> Any:
-        if decay_updates:
-            num_steps = max(decay_updates // updates_per_step, 1)
-            rate = optax.cosine_decay_schedule(rate, num_steps)
-        return optax.adam(rate)
-
-    delay = config.policy_delay
-    actor = adam(config.actor_learning_rate, config.actor_decay_updates, delay)
-    return actor, adam(config.critic_learning_rate, config.critic_decay_updates, 1)
+    """Adam for the actor (its step a cosine to 0, if asked) and for the critics."""
+    rate: Any = config.actor_learning_rate
+    if config.actor_decay_updates:
+        num_steps = config.actor_decay_updates // config.policy_delay
+        rate = optax.cosine_decay_schedule(rate, max(num_steps, 1))
+    return optax.adam(rate), optax.adam(config.critic_learning_rate)
 
 
 def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> AgentState:
@@ -358,7 +367,6 @@ def init(key: jax.Array, obs_dim: int, action_dim: int, config: Config) -> Agent
     adam_actor, adam_critics = optimizers(config)
     return AgentState(
         actor=actor,
-        mean_actor=jax.tree.map(jnp.copy, actor),
         critics=critics,
         target_actor=jax.tree.map(jnp.copy, actor),
         target_critics=jax.tree.map(jnp.copy, critics),
@@ -388,25 +396,16 @@ def follow(targets: Params, parameters: Params, config: Config) -> Params:
     return optax.incremental_update(parameters, targets, tau)
 
 
-def average(mean: Params, actor: Params, actor_opt: Any, config: Config) -> Params:
-    """The running mean of the actors: of all alike at first, then an exponential one.
-
-    Single policies of a run fall where their neighbours walk; their mean does less
-    (Block et al., arXiv 2310.11428).
-    """
-    if not config.actor_ema:
-        return actor
-    count = actor_opt[0].count  # Adam's, of steps done
-    rate: Any = jnp.maximum(1.0 - config.actor_ema, 1.0 / count)
-    return optax.incremental_update(actor, mean, rate)
-
-
 def update_actor(
-    agent: AgentState, bst: Supervisor, batch: Transition, config: Config
+    agent: AgentState,
+    bst: Supervisor,
+    batch: Transition,
+    shown: jax.Array,
+    config: Config,
 ) -> tuple[AgentState, Metrics]:
     """One Adam step of the actor, then all targets follow the new parameters."""
     grad, metrics = jax.grad(actor_loss, has_aux=True)(
-        agent.actor, agent.critics, bst, batch, config
+        agent.actor, agent.critics, bst, batch, shown, config
     )
     metrics["actor_grad_norm"] = optax.tree.norm(grad)
     adam, _ = optimizers(config)
@@ -414,7 +413,6 @@ def update_actor(
     actor = optax.apply_updates(agent.actor, step)
     return agent._replace(
         actor=actor,
-        mean_actor=average(agent.mean_actor, actor, actor_opt, config),
         actor_opt=actor_opt,
         target_actor=follow(agent.target_actor, actor, config),
         target_critics=follow(agent.target_critics, agent.critics, config),
@@ -425,6 +423,13 @@ def sample(data: Transition, key: jax.Array, batch_size: int) -> Transition:
     """A uniform batch, with replacement."""
     index = jax.random.randint(key, (batch_size,), 0, data.reward.shape[0])
     return jax.tree.map(lambda x: x[index], data)
+
+
+def noisy(obs: jax.Array, key: jax.Array, config: Config) -> jax.Array:
+    """(B, S) as the actor is shown it in training: like states, like actions."""
+    if not config.obs_noise:
+        return obs
+    return obs + config.obs_noise * jax.random.normal(key, obs.shape)
 
 
 def update(
@@ -440,12 +445,14 @@ def update(
     Critic update t draws from fold_in(key, t), t = step, step + 1, ...; the actor
     uses the last batch, as TD3's reference code does.
     """
-    batch, critic_metrics = data, {}
+    batch, key_shown, critic_metrics = data, key, {}
     for i in range(config.policy_delay):
-        key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step + i))
+        keys = jax.random.split(jax.random.fold_in(key, step + i), 3)
+        key_batch, key_noise, key_shown = keys
         batch = sample(data, key_batch, config.batch_size)
         agent, critic_metrics = update_critics(agent, batch, key_noise, config)
-    agent, actor_metrics = update_actor(agent, bst, batch, config)
+    shown = noisy(batch.obs, key_shown, config)
+    agent, actor_metrics = update_actor(agent, bst, batch, shown, config)
     return agent, critic_metrics | actor_metrics
 
 
@@ -568,10 +575,10 @@ def main(args: list[str] | None = None) -> None:
     if restored is None:
         pairs = (data.obs, data.action)
         params = run.fit_morse(job, morse_state, *pairs, lam, net, reused)
-        job.checkpoint(0, (agent, params), agent.mean_actor)
+        job.checkpoint(0, (agent, params), agent.actor)
     else:
         (agent, params), step = restored
-        job.evaluate_again(step, agent.mean_actor)
+        job.evaluate_again(step, agent.actor)
 
     bst = Supervisor(
         params,
@@ -586,11 +593,11 @@ def main(args: list[str] | None = None) -> None:
             agent, metrics = program(length, agent, bst, data, keys, np.int32(start))
             job.record(metrics, length)
         if job.due(start + length):
-            job.checkpoint(start + length, (agent, params), agent.mean_actor)
+            job.checkpoint(start + length, (agent, params), agent.actor)
 
     first = jax.tree.map(lambda x: np.asarray(x)[0], params)
     density = partial(morse.certainty, first, scale=bst.scale[0], config=net)
-    job.finish(agent.mean_actor, density)
+    job.finish(agent.actor, density)
 
 
 if __name__ == "__main__":

@@ -131,14 +131,7 @@ def parse(
             f"{options.resume} holds a run of {stored.get('algorithm')}, not of "
             f"{algorithm}; resume it with its own script"
         )
-    try:
-        own = from_json(RunOptions, stored["options"])
-        own_config = from_json(type(config), stored["config"])
-        stored["dataset"]["fingerprint"]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{options.resume}/config.json is damaged or from another version: {error}"
-        ) from error
+    own, own_config = stored_options(options.resume, stored, type(config))
     options, asked = _cli(algorithm, own, own_config, about, args)
     free: dict[str, Any] = dict(num_updates=None, resume=None, run_dir=Path())
     free |= dict(track="none", dataset="", morse=None)
@@ -151,6 +144,20 @@ def parse(
             "place of its data (--dataset)"
         )
     return _absolute(options), asked
+
+
+def stored_options(
+    folder: Path, stored: Mapping[str, Any], kind: type
+) -> tuple[RunOptions, Any]:
+    """Options and config, a `kind`, of the run whose config.json is `stored`."""
+    try:
+        stored["dataset"]["fingerprint"]
+        config = from_json(kind, stored["config"])
+        return from_json(RunOptions, stored["options"]), config
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder}/config.json is damaged or from another version: {error}"
+        ) from error
 
 
 def _check_sweep(options: RunOptions, config: Any, traced: Sequence[str]) -> None:
@@ -209,7 +216,10 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type, stored: Mapping[str, Any]) -> Any:
+    """The dataclass; ValueError where a name is missing, whatever its default."""
     hints = typing.get_type_hints(kind)
+    if differ := {f.name for f in dataclasses.fields(kind)} ^ stored.keys():
+        raise ValueError(f"only one of them has {', '.join(sorted(differ))}")
     values: dict[str, Any] = {}
     for name, value in stored.items():
         if dataclasses.is_dataclass(hints[name]):

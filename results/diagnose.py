@@ -45,7 +45,7 @@ import morse
 from common import checkpoint, datasets, rollout
 from common.datasets import Dataset
 from common.errors import UserError
-from common.options import RunOptions, from_json
+from common.options import stored_options
 from common.run import guarded
 from common.tasks import flatten_obs, make_env
 
@@ -117,8 +117,7 @@ def load(folder: Path) -> tuple[list[Lane], Dataset, rollout.NumpyPolicy]:
     """
     stored = checkpoint.read_json(folder / "config.json")
     module = importlib.import_module(stored["algorithm"])
-    options = from_json(RunOptions, stored["options"])
-    config = from_json(module.Config, stored["config"])
+    options, config = stored_options(folder, stored, module.Config)
     dataset = datasets.load(options.dataset, options.eval_map, options.best_fraction)
     if dataset.fingerprint != stored["dataset"]["fingerprint"]:
         raise UserError(f"{dataset.name} is not the data that {folder} was trained on")
@@ -137,8 +136,7 @@ def load(folder: Path) -> tuple[list[Lane], Dataset, rollout.NumpyPolicy]:
     )
     agent = whole["state"][0] if hasattr(config, "morse_net") else whole["state"]
     box = dataset.action_low, dataset.action_high
-    evaluated = getattr(agent, "mean_actor", agent.actor)
-    layers = rollout.layers_of(evaluated)
+    layers = rollout.layers_of(agent.actor)
     policy = rollout.NumpyPolicy(layers, whole["obs_mean"], whole["obs_std"], *box)
     one = jax.tree.map(lambda x: np.zeros(x.shape[1:]), density)
     lanes = []
@@ -158,7 +156,7 @@ def load(folder: Path) -> tuple[list[Lane], Dataset, rollout.NumpyPolicy]:
         if hasattr(config, "mu") and getattr(config, "policy_step", "bst") == "bst":
             values = {x: run.get(x, getattr(config, x)) for x in ("mu", "floor")}
             bst = module.Supervisor(params, scale=scale, **values)
-        actor = jax.tree.map(lambda x, i=i: x[i], evaluated)
+        actor = jax.tree.map(lambda x, i=i: x[i], agent.actor)
         critics = jax.tree.map(lambda x, i=i: x[i], agent.critics)
         lanes.append(Lane(label, module, config, actor, critics, params, scale, bst))
     return lanes, dataset, policy

@@ -135,6 +135,7 @@ FACTORS = (  # what the factor study changes, on whichever dataset
     PLAIN,
     "floor=0.5",
     "q_weight=3",
+    "obs_noise=0.1",
     "n_step=1000",
     "polyak=0.005",
     "supervisor_gradient=False",
@@ -145,7 +146,6 @@ FACTORS = (  # what the factor study changes, on whichever dataset
     "actor_critics=2",
     "discount=0.995",
     "actor_decay_updates=0",
-    "actor_decay_updates=0+actor_ema=0.999",
     "omega_cap=0",
     "hidden_dims=256,256,256",
     "batch_size=512",
@@ -166,7 +166,7 @@ TABLES: dict[str, Sweep] = {
     "antmaze": Sweep(ANTMAZE),
     "bst-factors": FACTOR_STUDY(
         ("mujoco/halfcheetah/medium-v0",),
-        set=("num_morse_updates=8000", "n_step=1", "q_weight=1", "discount=0.99"),
+        set=("num_morse_updates=8000", "n_step=1", "q_weight=1", "obs_noise=0"),
         variants=(
             *FACTORS,
             "critic_layer_norm=True",

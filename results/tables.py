@@ -42,6 +42,7 @@ BEFORE = {  # of the sweep over lam
     "morse_net.decay_updates",
     "morse_net.negatives",
     "n_step",
+    "obs_noise",
     "omega_cap",
     "polyak",
     "q_weight",

@@ -1,6 +1,7 @@
 """Tiny networks, data and programs for the tests of the algorithm."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ SMALL = Config(
     discount=0.9,
     reward_scale=1.0,
     reward_shift=0.0,
+    obs_noise=0.0,
     polyak=0.005,
     normalize_obs=False,
     critic_layer_norm=False,
@@ -30,10 +32,17 @@ SMALL = Config(
 
 init = jax.jit(td3_bst.init, static_argnums=(1, 2, 3))
 morse_init = jax.jit(morse.init, static_argnums=(1, 2, 3))
-actor_loss = jax.jit(td3_bst.actor_loss, static_argnames="config")
-actor_grad = jax.jit(
-    jax.grad(td3_bst.actor_loss, has_aux=True), static_argnames="config"
-)
+
+
+@partial(jax.jit, static_argnames="config")
+def actor_loss(
+    actor: Any, critics: Any, bst: Any, batch: Any, config: Config
+) -> tuple[jax.Array, Any]:
+    """TD3-BST's, where the actor is shown the states as they are."""
+    return td3_bst.actor_loss(actor, critics, bst, batch, batch.obs, config)
+
+
+actor_grad = jax.jit(jax.grad(actor_loss, has_aux=True), static_argnames="config")
 update = jax.jit(td3_bst.update, static_argnames="config")
 update_actor = jax.jit(td3_bst.update_actor, static_argnames="config")
 update_critics = jax.jit(td3_bst.update_critics, static_argnames="config")

@@ -154,7 +154,7 @@ def test_td3_bc_actor_step(td3bc):
         return float(error - 1.5 * q_of(actor).mean() / z_q)
 
     stepped, metrics = jax.jit(partial(td3_bc.update_actor, config=TD3_BC))(
-        agent, TD3_BC.alpha, batch
+        agent, TD3_BC.alpha, batch, batch.obs
     )
     actor, opt = reference.actor, agent.actor_opt
     check_step(loss, actor, opt, 0.1, stepped.actor, metrics, "actor")

@@ -11,8 +11,8 @@ TD3_BC = {
     "POINTMAZE": "mu and floor",
     "ANTMAZE": "floor",
     "TRACED": "alpha",
-    "MAZE": "the weight of Q",
-    "resolve": "the defaults of scale, decay and the weight of Q",
+    "MAZE": "the weight of Q and the noise",
+    "resolve": "the defaults of scale, decay, the weight of Q and the noise",
     "actor_loss": "the objective",
     "update_actor": "hands alpha on, not the supervisor",
     "update": "hands alpha on, not the supervisor",
@@ -41,8 +41,8 @@ IQL_BST = {
     "main": "the returns' range; AWR needs no Morse network",
 }
 ONLY_BST = {"Supervisor", "supervisor", "action_spread"}
-ONLY_BST |= {"LARGEST_Q_WEIGHT", "Q_PER_SPREAD"}
-NOT_IQL = {"n_step", "average", "action_spread", "LARGEST_Q_WEIGHT", "Q_PER_SPREAD"}
+ONLY_BST |= {"LARGEST_Q_WEIGHT", "Q_PER_SPREAD", "NOISE_PER_SPREAD"}
+NOT_IQL = {"n_step", "noisy"} | ONLY_BST - {"Supervisor", "supervisor"}
 ONLY_IQL = {
     "Value",
     "awr_loss",

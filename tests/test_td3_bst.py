@@ -73,7 +73,7 @@ def agent_by_hand(target_actor: Any, target_critics: Any) -> AgentState:
     actor, critics = jax.tree.map(
         lambda x: jnp.full_like(x, jnp.nan), (target_actor, target_critics)
     )
-    return AgentState(actor, actor, critics, target_actor, target_critics, (), ())
+    return AgentState(actor, critics, target_actor, target_critics, (), ())
 
 
 def transitions(
@@ -126,9 +126,7 @@ KEY = jax.random.key(0)
         dict(omega_cap=-1.0),
         dict(actor_decay_updates=-1),
         dict(q_weight=-0.1),
-        dict(critic_decay_updates=-1),
-        dict(actor_ema=-0.1),
-        dict(actor_ema=1.0),
+        dict(obs_noise=-0.1),
         dict(actor_critics=0),
         dict(actor_critics=3),
         dict(hidden_dims=()),
@@ -160,6 +158,7 @@ def test_resolve_fills_what_is_unset(domain: str):
     assert config.q_weight == pytest.approx(1 if "maze" in domain else 9000 * 0.2**4)
     wide = td3_bst.resolve(Config(), domain, FOUR, 2 * SPREAD, num_updates=1000)
     assert wide.q_weight == (1 if "maze" in domain else 25)
+    assert wide.obs_noise == pytest.approx(0 if "maze" in domain else 0.4 / 2)
     assert config.actor_decay_updates == 1000
     for name, value in td3_bst.DEFAULTS[domain].items():
         assert getattr(config, name) == value
@@ -175,6 +174,7 @@ def test_resolve_keeps_what_is_set(domain: str):
         floor=0.0,
         scale=4.0,
         q_weight=0.0,
+        obs_noise=0.0,
         discount=0.0,
         reward_scale=2.0,
         reward_shift=0.0,
@@ -302,7 +302,7 @@ def test_one_compile_serves_every_mu_and_scale():
     batch = random_data(0, 16)
 
     def loss_of(bst: Supervisor) -> jax.Array:
-        return td3_bst.actor_loss(agent.actor, agent.critics, bst, batch, QUIET)[0]
+        return actor_loss(agent.actor, agent.critics, bst, batch, QUIET)[0]
 
     loss: Any = jax.jit(loss_of)
     losses = [
@@ -465,6 +465,39 @@ def test_omega_metrics():
     assert float(metrics["certainty"]) == pytest.approx(0.874127, abs=1e-5)
 
 
+def test_only_the_actor_is_shown_the_noise():
+    # As in test_actor_loss, but pi = tanh(s') with s' = atanh(.5), atanh(-.2), shown
+    # instead of s = 1.5, -2.5, and f = a + 1.177 s, so that M is 2^-(s^2) of s alone:
+    # M = 2^-2.25 = .210224, 2^-6.25 = .013139; mu = 1: omega = e^.789776 - 1, ... =
+    # 1.202903, 1.682799; a = .1, .5: d = .16, .49; mean of omega d = .508518.
+    # Q_1 = s + 2 a = 2.5, -2.9: mean -.2, Z_Q = 2.7: -Q / Z_Q = .074074.
+    shown = f32([[math.atanh(0.5)], [math.atanh(-0.2)]])
+    batch = transitions(2, action=[[0.1], [0.5]], obs=[1.5, -2.5])
+    identity = net(([[math.sqrt(2 * math.log(2))], [1]], [0]))
+    loss, metrics = td3_bst.actor_loss(
+        actor_net([1], [0]),
+        twins(critic_net(1, [2], 0), critic_net(-3, [-7], -50)),
+        bst_of(identity, mu=1.0),
+        batch,
+        shown,
+        HAND,
+    )
+    assert float(metrics["certainty"]) == pytest.approx(0.111682, abs=1e-5)
+    assert float(metrics["distance"]) == pytest.approx(0.325, abs=1e-5)
+    assert float(metrics["q"]) == pytest.approx(-0.2, abs=1e-5)
+    assert float(loss) == pytest.approx(0.582592, abs=1e-5)
+
+
+@pytest.mark.parametrize("script", [td3_bst, td3_bc])
+def test_what_the_actor_is_shown(script: Any):
+    obs = jnp.arange(80_000.0).reshape(20_000, 4)
+    assert script.noisy(obs, KEY, script.Config(obs_noise=0.0)) is obs
+    noise = np.asarray(script.noisy(0 * obs, KEY, script.Config(obs_noise=0.5)))
+    assert noise.std(axis=0) == pytest.approx([0.5] * 4, rel=0.02)
+    assert noise.mean(axis=0) == pytest.approx([0.0] * 4, abs=0.02)
+    assert np.abs(np.corrcoef(noise.T) - np.eye(4)).max() < 0.03
+
+
 def test_z_q_is_a_constant_to_the_gradient():
     # One action, pi = tanh(b) = .5, Q_1 = 2 a = 1, Z_Q = 1, omega = 0 (lam = 0):
     # dL/db = -2 (1 - .5^2) / 1 = -1.5. Through Z_Q as well, L = -1 and dL/db = 0.
@@ -605,33 +638,19 @@ def test_critic_step_against_numpy(one_step):
 
 
 @pytest.mark.parametrize("script", [td3_bst, td3_bc])
-@pytest.mark.parametrize("which", ["actor", "critic"])
-def test_what_decays_and_what_does_not(script: Any, which: str):
+def test_only_the_actors_step_decays(script: Any):
     # A constant gradient's Adam step is the rate itself. One actor step in two
-    # updates, so the cosine over 8 updates ends after 4 steps, the critics' over 4:
+    # updates, so the cosine over 8 updates ends after 4 steps:
     # .1 (1 + cos(pi t / 4)) / 2 = .1, .0853553, .05, .0146447, 0, and 0 after.
     config = script.Config(
-        actor_learning_rate=0.1, critic_learning_rate=0.1, actor_decay_updates=0
+        actor_learning_rate=0.1, critic_learning_rate=0.2, actor_decay_updates=8
     )
-    updates = {"actor": 8, "critic": 4}[which]
-    falling = dataclasses.replace(config, **{f"{which}_decay_updates": updates})
-    falls = [-0.1, -0.0853553, -0.05, -0.0146447, 0, 0]
-    for adam, name in zip(script.optimizers(falling), ("actor", "critic"), strict=True):
-        expected = falls if name == which else [-0.1] * 6
-        assert adam_steps(adam, 6) == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("script", [td3_bst, td3_bc])
-def test_the_evaluated_policy_is_a_mean_of_the_actors(script: Any):
-    # Actors 1, 2, 3, 4 after steps 1 to 4; decay .6: means of all while 1 / step is
-    # above .4, so 1, 1.5, then .6 * 1.5 + .4 * 3 = 2.1 and .6 * 2.1 + .4 * 4 = 2.86.
-    config, none = (script.Config(actor_ema=ema) for ema in (0.6, 0.0))
-    (adam, *rest), mean = script.optimizers(config)[0].init(f32(0.0)), f32(9.0)
-    for step, expected in [(1, 1.0), (2, 1.5), (3, 2.1), (4, 2.86)]:
-        opt_state = (adam._replace(count=jnp.int32(step)), *rest)
-        mean = script.average(mean, f32(step), opt_state, config)
-        assert float(mean) == pytest.approx(expected)
-        assert script.average(mean, f32(step), opt_state, none) == step
+    still = dataclasses.replace(config, actor_decay_updates=0)
+    rates = [0.1, 0.0853553, 0.05, 0.0146447, 0, 0]
+    (actor, critics), (constant, _) = map(script.optimizers, (config, still))
+    assert adam_steps(actor, 6) == pytest.approx([-x for x in rates], abs=1e-5)
+    assert adam_steps(critics, 6) == pytest.approx([-0.2] * 6, rel=1e-4)
+    assert adam_steps(constant, 6) == pytest.approx([-0.1] * 6, rel=1e-4)
 
 
 @pytest.mark.parametrize(("through", "cap"), [(True, 0.0), (False, 0.0), (True, 1.0)])
@@ -659,7 +678,7 @@ def test_actor_step_against_numpy(one_step, through: bool, cap: float):
     )
     expected = numpy_adam(reference.actor, grad, agent.actor_opt, rate=0.1)
 
-    stepped, metrics = update_actor(agent, one_step[1], batch, config)
+    stepped, metrics = update_actor(agent, one_step[1], batch, batch.obs, config)
     loss = numpy_actor_loss(reference.actor, *given)
     assert float(metrics["actor_loss"]) == pytest.approx(loss, rel=1e-5)
     assert float(metrics["actor_grad_norm"]) == pytest.approx(norm(grad), rel=1e-4)
@@ -740,8 +759,8 @@ def test_update_critics_changes_only_the_critics(one_step):
 
 def test_update_actor_changes_only_the_actor_and_the_targets(one_step):
     agent, bst, batch, _ = one_step
-    stepped, _ = update_actor(agent, bst, batch, LARGE_STEPS)
-    for name in ("actor", "mean_actor", "target_actor", "target_critics"):
+    stepped, _ = update_actor(agent, bst, batch, batch.obs, LARGE_STEPS)
+    for name in ("actor", "target_actor", "target_critics"):
         assert_changed(getattr(stepped, name), getattr(agent, name))
     assert_changed(stepped.actor_opt[0], agent.actor_opt[0])
     assert_same(stepped.critics, agent.critics)
@@ -751,7 +770,7 @@ def test_update_actor_changes_only_the_actor_and_the_targets(one_step):
 def test_polyak_one_copies(one_step):
     agent, bst, batch, _ = one_step
     config = dataclasses.replace(LARGE_STEPS, polyak=1.0)
-    stepped, _ = update_actor(agent, bst, batch, config)
+    stepped, _ = update_actor(agent, bst, batch, batch.obs, config)
     assert_changed(stepped.target_actor, agent.actor)  # the new ones, not the old
     assert_same(stepped.target_actor, stepped.actor)
     assert_same(stepped.target_critics, stepped.critics)
@@ -761,18 +780,22 @@ def adam_count(opt_state: Any) -> int:
     return int(opt_state[0].count)
 
 
-def test_update_is_its_parts():
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_update_is_its_parts(noise: float):
     # Updates 6 and 7: each of the critics on its own batch and noise from
     # fold_in(key, t); then one of the actor, on the last batch.
     agent, bst = random_agent(0)
+    config = dataclasses.replace(SMALL, obs_noise=noise)
     data, expected = random_data(1, 50), agent
-    batches, metrics = [], {}
+    batches, metrics, key_shown = [], {}, KEY
     for t in (6, 7):
-        key_batch, key_noise = jax.random.split(jax.random.fold_in(KEY, t))
+        keys = jax.random.split(jax.random.fold_in(KEY, t), 3)
+        key_batch, key_noise, key_shown = keys
         batches.append(td3_bst.sample(data, key_batch, 16))
-        expected, metrics = update_critics(expected, batches[-1], key_noise, SMALL)
-    expected, actor_metrics = update_actor(expected, bst, batches[-1], SMALL)
-    got, got_metrics = update(agent, bst, data, KEY, jnp.int32(6), SMALL)
+        expected, metrics = update_critics(expected, batches[-1], key_noise, config)
+    shown = td3_bst.noisy(batches[-1].obs, key_shown, config)
+    expected, actor_metrics = update_actor(expected, bst, batches[-1], shown, config)
+    got, got_metrics = update(agent, bst, data, KEY, jnp.int32(6), config)
 
     assert_same(got, expected, tolerance=1e-6)
     assert_same(got_metrics, metrics | actor_metrics, tolerance=1e-5)
