@@ -47,6 +47,7 @@ class Config:
     mu: float | None = None  # mu, temperature of the weight; unset: by domain
     floor: float | None = None  # omega where M is 1; unset: by domain
     omega_cap: float = 10.0  # largest omega, less the floor; 0: none
+    obs_noise: float = 0.0  # std of the noise on what the actor is shown in training
     scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
     supervisor_gradient: bool = True  # differentiate through omega as well
     q_weight: float | None = None  # w, of Q / Z_Q; unset: by domain and spread
@@ -91,7 +92,8 @@ class Config:
         if not 0 <= self.actor_ema < 1:
             raise ValueError(f"actor_ema must lie in [0, 1), got {self.actor_ema}")
         at_least_0 = ("floor", "omega_cap", "q_weight", "policy_noise", "noise_clip")
-        for name in (*at_least_0, "actor_decay_updates", "critic_decay_updates"):
+        others = ("obs_noise", "actor_decay_updates", "critic_decay_updates")
+        for name in (*at_least_0, *others):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -306,10 +308,19 @@ def critic_loss(
 
 
 def actor_loss(
-    actor: Params, critics: Params, bst: Supervisor, batch: Transition, config: Config
+    actor: Params,
+    critics: Params,
+    bst: Supervisor,
+    batch: Transition,
+    shown: jax.Array,
+    config: Config,
 ) -> tuple[jax.Array, Metrics]:
-    """L_pi: w Q / Z_Q against omega times the squared distance to the data's action."""
-    action = policy(actor, batch.obs, config)
+    """L_pi: w Q / Z_Q against omega times the squared distance to the data's action.
+
+    Args:
+        shown: (B, S) what the actor sees of the states, see `noisy`.
+    """
+    action = policy(actor, shown, config)
     chex.assert_equal_shape([action, batch.action])
     asked = jax.tree.map(lambda x: x[: config.actor_critics], critics)
     q = q_values(asked, batch.obs, action, config).min(axis=0)
@@ -401,12 +412,20 @@ def average(mean: Params, actor: Params, actor_opt: Any, config: Config) -> Para
     return optax.incremental_update(actor, mean, rate)
 
 
+def noisy(obs: jax.Array, key: jax.Array, config: Config) -> jax.Array:
+    """What the actor is shown of a state in training, so that its actions are smooth."""
+    if not config.obs_noise:
+        return obs
+    return obs + config.obs_noise * jax.random.normal(key, obs.shape)
+
+
 def update_actor(
-    agent: AgentState, bst: Supervisor, batch: Transition, config: Config
+    agent: AgentState, bst: Supervisor, batch: Transition, key: jax.Array, config: Config
 ) -> tuple[AgentState, Metrics]:
     """One Adam step of the actor, then all targets follow the new parameters."""
+    shown = noisy(batch.obs, key, config)
     grad, metrics = jax.grad(actor_loss, has_aux=True)(
-        agent.actor, agent.critics, bst, batch, config
+        agent.actor, agent.critics, bst, batch, shown, config
     )
     metrics["actor_grad_norm"] = optax.tree.norm(grad)
     adam, _ = optimizers(config)
@@ -445,7 +464,8 @@ def update(
         key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step + i))
         batch = sample(data, key_batch, config.batch_size)
         agent, critic_metrics = update_critics(agent, batch, key_noise, config)
-    agent, actor_metrics = update_actor(agent, bst, batch, config)
+    key_shown = jax.random.fold_in(jax.random.fold_in(key, step), config.policy_delay)
+    agent, actor_metrics = update_actor(agent, bst, batch, key_shown, config)
     return agent, critic_metrics | actor_metrics
 
 
