@@ -47,10 +47,10 @@ class Config:
     mu: float | None = None  # mu, temperature of the weight; unset: by domain
     floor: float | None = None  # omega where M is 1; unset: by domain
     omega_cap: float = 10.0  # largest omega, less the floor; 0: none
-    obs_noise: float = 0.0  # std of the noise on what the actor is shown in training
     scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
     supervisor_gradient: bool = True  # differentiate through omega as well
     q_weight: float | None = None  # w, of Q / Z_Q; unset: by domain and spread
+    obs_noise: float | None = None  # std, on what the actor is shown; unset: as w
     actor_critics: int = 1  # 1: Q_1 for the actor; 2: the smaller Q of both
     discount: float | None = None  # gamma, per step; unset: by domain
     reward_scale: float | None = None  # times the reward; unset: by domain
@@ -116,9 +116,16 @@ LOCOMOTION = {
 }
 POINTMAZE = {"mu": 0.3, "floor": 0.0, "discount": 0.98, "reward_scale": 10.0}
 ANTMAZE = {"floor": 5.0, "discount": 0.998, "reward_scale": 100.0}
-MAZE = {"q_weight": 1.0, "n_step": 1, "polyak": 0.01, "critic_layer_norm": True}
+MAZE = {
+    "q_weight": 1.0,
+    "obs_noise": 0.0,
+    "n_step": 1,
+    "polyak": 0.01,
+    "critic_layer_norm": True,
+}
 Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
 LARGEST_Q_WEIGHT = 25.0  # that a spread may ask for
+NOISE_PER_SPREAD = 0.5  # locomotion: obs_noise over the spread of the actions
 DEFAULTS = {  # from short experiments, results/bst_study.md
     "locomotion": LOCOMOTION,
     "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
@@ -171,9 +178,10 @@ def resolve(
     """
     defaults = DEFAULTS[domain] | {"scale": action.shape[1] / 2}
     defaults["actor_decay_updates"] = num_updates
-    if config.q_weight is None and "q_weight" not in defaults:
-        weight = Q_PER_SPREAD * action_spread(obs, action) ** 4
-        defaults["q_weight"] = min(weight, LARGEST_Q_WEIGHT)
+    if "q_weight" not in defaults and None in (config.q_weight, config.obs_noise):
+        spread = action_spread(obs, action)
+        defaults["q_weight"] = min(Q_PER_SPREAD * spread**4, LARGEST_Q_WEIGHT)
+        defaults["obs_noise"] = NOISE_PER_SPREAD * spread
     unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     return dataclasses.replace(config, **unset)
 
@@ -461,10 +469,10 @@ def update(
     """
     batch, critic_metrics = data, {}
     for i in range(config.policy_delay):
-        key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step + i))
+        keys = jax.random.split(jax.random.fold_in(key, step + i), 3)
+        key_batch, key_noise, key_shown = keys
         batch = sample(data, key_batch, config.batch_size)
         agent, critic_metrics = update_critics(agent, batch, key_noise, config)
-    key_shown = jax.random.fold_in(jax.random.fold_in(key, step), config.policy_delay)
     agent, actor_metrics = update_actor(agent, bst, batch, key_shown, config)
     return agent, critic_metrics | actor_metrics
 
