@@ -426,7 +426,10 @@ def sample(data: Transition, key: jax.Array, batch_size: int) -> Transition:
 
 
 def noisy(obs: jax.Array, key: jax.Array, config: Config) -> jax.Array:
-    """(B, S) as the actor is shown it in training: like states, like actions."""
+    """(B, S) as the actor is shown it in training: like states, like actions.
+
+    `obs_noise` has the units of observations after `prepare`.
+    """
     if not config.obs_noise:
         return obs
     return obs + config.obs_noise * jax.random.normal(key, obs.shape)

@@ -219,7 +219,7 @@ def from_json(kind: type, stored: Mapping[str, Any]) -> Any:
     """The dataclass; ValueError where a name is missing, whatever its default."""
     hints = typing.get_type_hints(kind)
     if differ := {f.name for f in dataclasses.fields(kind)} ^ stored.keys():
-        raise ValueError(f"only one of them has {', '.join(sorted(differ))}")
+        raise ValueError(f"it differs in having {', '.join(sorted(differ))}")
     values: dict[str, Any] = {}
     for name, value in stored.items():
         if dataclasses.is_dataclass(hints[name]):

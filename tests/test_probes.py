@@ -20,6 +20,7 @@ NUM = 1000  # transitions in each dataset: one observation and one action wide
 PROBE = Config(
     mu=0.1,
     q_weight=1.0,
+    obs_noise=0.0,
     discount=0.9,
     critic_layer_norm=False,
     hidden_dims=(32, 32),

@@ -809,6 +809,21 @@ def test_update_is_its_parts(noise: float):
     assert_same(got.target_critics, mixed, tolerance=1e-6)
 
 
+def test_td3_bc_shows_its_actor_the_noise():
+    # One update on one row: the noise changes the actor's gradient, no critic.
+    config = td3_bc.resolve(td3_bc.Config(hidden_dims=(8, 8)), "locomotion")
+    data = td3_bc.Transition(*(x[:1] for x in random_data(1, 50)))
+    agents = []
+    for noise in (0.0, 0.5):
+        own = dataclasses.replace(config, obs_noise=noise)
+        agent = td3_bc.init(KEY, OBS_DIM, ACTION_DIM, own)
+        step = jnp.int32(6), own
+        agents.append(td3_bc.update(agent, f32(2.5), data, KEY, *step)[0])
+    plain, noisy = agents
+    assert_changed(noisy.actor_opt[0].mu, plain.actor_opt[0].mu)  # the gradient
+    assert_same((noisy.critics, noisy.critic_opt), (plain.critics, plain.critic_opt))
+
+
 def test_sample_draws_whole_rows_uniformly():
     number = jnp.arange(5.0)
     column = number[:, None]
