@@ -216,7 +216,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type, stored: Mapping[str, Any]) -> Any:
-    """The dataclass; ValueError where a name is missing, whatever its default."""
+    """The dataclass; ValueError unless all its names are stored, and no others."""
     hints = typing.get_type_hints(kind)
     if differ := {f.name for f in dataclasses.fields(kind)} ^ stored.keys():
         raise ValueError(f"it differs in having {', '.join(sorted(differ))}")

@@ -113,7 +113,7 @@ def load(folder: Path) -> tuple[list[Lane], Dataset, rollout.NumpyPolicy]:
     """A finished run's policies, its dataset, and the policies in numpy.
 
     Raises:
-        UserError: the folder is no finished run, or its data are not there any more.
+        UserError: the folder is no finished run of this version, or its data are gone.
     """
     stored = checkpoint.read_json(folder / "config.json")
     module = importlib.import_module(stored["algorithm"])
