@@ -14,6 +14,7 @@ import csv
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ from results.sweeps import EMBEDDED
 
 METHODS = ("data", *sweeps.METHODS)
 COMPARED = sweeps.ALL  # they enter every aggregate
-PLAIN = {  # options that leave a method what it is; also alpha = 0, see `is_plain`
+PLAIN = {  # options that leave a method what it is; also alpha = 0, see `changes`
     "num_updates",
     "num_morse_updates",
     "eval_every",
@@ -47,6 +48,26 @@ BEFORE = {  # of the sweep over lam
     "polyak",
     "q_weight",
 }
+NOISE = {  # half the spread of the data's actions
+    "standin/mujoco/hopper/medium-v0": "0.119",
+    "standin/mujoco/hopper/medium-replay-v0": "0.193",
+}
+Part = tuple[str, str, dict[str, str | dict[str, str]]]  # label, method, options
+PARTS: tuple[Part, ...] = (  # from cloning to TD3-BST
+    ("BC", "BC", {}),
+    ("BC with the noise", "BC", {"obs_noise": NOISE}),
+    ("TD3+BC", "TD3+BC", {}),
+    ("TD3+BC with the returns", "TD3+BC", {"n_step": "1000"}),
+    (
+        "TD3+BC with the returns and the noise",
+        "TD3+BC",
+        {"n_step": "1000", "obs_noise": NOISE},
+    ),
+    ("TD3-BST with omega = 3.3", "TD3-BST", {"mu": "1000", "floor": "3.3"}),
+    ("TD3-BST with omega = 0.8", "TD3-BST", {"mu": "1000", "floor": "0.8"}),
+    ("TD3-BST without the noise", "TD3-BST", {"obs_noise": "0"}),
+    ("TD3-BST", "TD3-BST", {}),
+)
 NAMES = {"score": "score", "length": "steps to the goal", "success": "success rate"}
 RESAMPLES = 5_000
 NOT_YET = "No such runs yet."
@@ -101,10 +122,15 @@ def runs_of(rows: Iterable[Row]) -> list[Run]:
     return runs
 
 
+def changes(run: Run) -> dict[str, str]:
+    """The options that make the run an ablation of its method; BC's alpha is none."""
+    cloning = {"alpha"} if float(run.options.get("alpha", 0)) == 0 else set()
+    return {k: v for k, v in run.options.items() if k not in PLAIN | cloning}
+
+
 def is_plain(run: Run) -> bool:
     """Whether the run is its method as it is, no ablation."""
-    alpha = float(run.options.get("alpha", 0))
-    return alpha == 0 and run.options.keys() <= PLAIN | {"alpha"}
+    return not changes(run)
 
 
 def is_finished(run: Run) -> bool:
@@ -128,12 +154,22 @@ def one_per_seed(runs: Sequence[Run]) -> list[Run]:
     return [found[seed] for seed in sorted(found, key=lambda s: int(s or -1))]
 
 
-def chosen(runs: Sequence[Run], method: str, dataset: str, step: int) -> list[Run]:
-    """The finished plain runs of a table's cell; the data have no step."""
+def chosen(
+    runs: Sequence[Run],
+    method: str,
+    dataset: str,
+    step: int,
+    options: Mapping[str, str] = MappingProxyType({}),
+) -> list[Run]:
+    """The finished runs of a table's cell that change `options`; data have no step."""
     step = 0 if method == "data" else step
     own = [run for run in runs if (run.method, run.dataset) == (method, dataset)]
     return one_per_seed(
-        [run for run in own if run.step == step and is_plain(run) and is_finished(run)]
+        [
+            run
+            for run in own
+            if run.step == step and is_finished(run) and changes(run) == options
+        ]
     )
 
 
@@ -354,8 +390,9 @@ def score_lines(
 
 
 def standins(rows: Iterable[Row]) -> list[str]:
-    """The stand-in datasets among the rows."""
-    return sorted({r["dataset"] for r in rows if r["dataset"].startswith("standin/")})
+    """The stand-in datasets among the rows; those of collect.py come first."""
+    own = ("held/", "standin/")
+    return sorted({r["dataset"] for r in rows if r["dataset"].startswith(own)})
 
 
 SHORTER = {"standin/D4RL/antmaze/umaze-v1": 60_000, EMBEDDED: 20_000}  # updates
@@ -459,6 +496,20 @@ def factor_table(rows: Sequence[Row], step: int) -> str:
     ]
     head = ["changed", *(f"{d}, {NAMES[figure_column(d)]}" for d in found)]
     return markdown(head, lines) if lines else NOT_YET
+
+
+def parts_table(rows: Sequence[Row], step: int = 100_000) -> str:
+    """What the parts of TD3-BST add on two hopper sets; the lines are `PARTS`."""
+    runs, lines = runs_of(rows), []
+    for label, method, asked in PARTS:
+        cells = []
+        for dataset in NOISE:
+            options = {
+                k: v if isinstance(v, str) else v[dataset] for k, v in asked.items()
+            }
+            cells.append(spread(chosen(runs, method, dataset, step, options), "score"))
+        lines.append([label, *cells])
+    return markdown(["", *(f"`{dataset}`" for dataset in NOISE)], lines)
 
 
 def figure_column(dataset: str) -> str:
@@ -597,6 +648,7 @@ def pages(
         },
         "results/bst_study.md": {
             "study": standin_table(rows),
+            "parts": parts_table(rows),
             "factors": factor_table(
                 factor_rows(rows), sweeps.TABLES["bst-factors"].num_updates
             ),

@@ -311,6 +311,26 @@ def test_factor_table():
     assert tables.factor_table(rows, 7) == tables.NOT_YET
 
 
+def test_parts_table_takes_each_datasets_own_noise():
+    replay = HOPPER.replace("medium", "medium-replay")
+    rows = [row("BC", HOPPER, seed, 10.0 + seed) for seed in (0, 2)]
+    rows += [row("BC", HOPPER, 0, 20.0, obs_noise=0.119)]
+    rows += [row("BC", replay, 0, 99.0, obs_noise=0.119)]  # that of the other one
+    rows += [row("BC", replay, 0, 30.0, obs_noise=0.193)]
+    rows += [row("TD3+BC", HOPPER, 0, 40.0, n_step=1000)]
+    rows += [row("TD3+BC", HOPPER, 0, 99.0, alpha=10, n_step=1000)]  # and another alpha
+    rows += [row("TD3-BST", replay, 0, 50.0, mu=1000, floor=3.3)]
+    rows += [row("TD3-BST", replay, 1, 99.0, mu=1000)]
+    table = tables.parts_table(rows)
+    assert cells(table, "BC") == ["11.0 ± 1.4 (n = 2)", "-"]
+    assert cells(table, "BC with the noise") == ["20.0 (n = 1)", "30.0 (n = 1)"]
+    assert cells(table, "TD3+BC") == ["-", "-"]
+    assert cells(table, "TD3+BC with the returns") == ["40.0 (n = 1)", "-"]
+    label = "TD3-BST with omega = 3.3"
+    assert cells(table, label) == ["-", "50.0 (n = 1)"]
+    assert cells(table, "TD3-BST") == ["-", "-"]
+
+
 @pytest.mark.parametrize(
     ("lam", "dataset", "label"),
     [
