@@ -50,13 +50,9 @@ Layers = tuple[tuple[np.ndarray, np.ndarray], ...]  # (weight (in, out), bias (o
 class Options:
     """What to make."""
 
-    env: tyro.conf.Positional[
-        str
-    ]  # an environment of Gymnasium's with actions in a box
+    env: tyro.conf.Positional[str]  # Gymnasium's name; its actions lie in [-1, 1]
     num_steps: int = 250_000  # of the training, and of the replay
-    num_medium: int = (
-        200_000  # steps of the last policy, and what its last episode takes
-    )
+    num_medium: int = 200_000  # steps of the last policy; its last episode ends after
     noise: float = 0.2  # std of the noise on its actions
     seed: int = 0
 
@@ -73,7 +69,7 @@ class Options:
 
 
 class Step(NamedTuple):
-    """One step in the environment, or arrays of them."""
+    """One step in the environment."""
 
     obs: np.ndarray  # (S,)
     action: np.ndarray  # (A,) in [-1, 1]
