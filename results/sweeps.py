@@ -177,7 +177,12 @@ TABLES: dict[str, Sweep] = {
     "bst-factors-maze": FACTOR_STUDY(
         (EMBEDDED,),
         set=("num_morse_updates=8000",),
-        variants=(*FACTORS, "critic_layer_norm=False", "reward_shift=-1"),
+        variants=(
+            *FACTORS,
+            "critic_layer_norm=False",
+            "reward_shift=-1",
+            *(f"floor={c}+mu=1000" for c in (0.014, 0.05, 0.15, 0.4)),  # constant omega
+        ),
     ),
     "ablation-scale": Sweep(
         (EMBEDDED, "mujoco/hopper/medium-v0"),

@@ -52,6 +52,10 @@ NOISE = {  # half the spread of the data's actions
     "standin/mujoco/hopper/medium-v0": "0.119",
     "standin/mujoco/hopper/medium-replay-v0": "0.193",
 }
+OMEGA: dict[str, str] = dict(
+    zip(NOISE, ("0.8", "0.5"), strict=True)
+)  # TD3-BST's mean at the end
+CONSTANT = "+mu=1000"  # omega is its floor, see `by_variant` for the label
 Part = tuple[str, str, dict[str, str | dict[str, str]]]  # label, method, options
 PARTS: tuple[Part, ...] = (  # from cloning to TD3-BST
     ("BC", "BC", {}),
@@ -64,7 +68,11 @@ PARTS: tuple[Part, ...] = (  # from cloning to TD3-BST
         {"n_step": "1000", "obs_noise": NOISE},
     ),
     ("TD3-BST with omega = 3.3", "TD3-BST", {"mu": "1000", "floor": "3.3"}),
-    ("TD3-BST with omega = 0.8", "TD3-BST", {"mu": "1000", "floor": "0.8"}),
+    (
+        "TD3-BST with its mean omega everywhere",
+        "TD3-BST",
+        {"mu": "1000", "floor": OMEGA},
+    ),
     ("TD3-BST without the noise", "TD3-BST", {"obs_noise": "0"}),
     ("TD3-BST", "TD3-BST", {}),
 )
@@ -512,6 +520,24 @@ def parts_table(rows: Sequence[Row], step: int = 100_000) -> str:
     return markdown(["", *(f"`{dataset}`" for dataset in NOISE)], lines)
 
 
+def constants_table(rows: Sequence[Row]) -> str:
+    """The embedded maze with an omega that is the same in every state, and TD3-BST."""
+    step = sweeps.TABLES["bst-factors-maze"].num_updates
+    found = by_variant(runs_of(factor_rows(rows)), step).get(EMBEDDED, {})
+    lines = [
+        [
+            f"omega = {label.removeprefix('floor=').removesuffix(CONSTANT)}",
+            spread(own, "score"),
+            spread(own, "length"),
+        ]
+        for label, own in sorted(found.items())
+        if label.endswith(CONSTANT)
+    ]
+    own = found.get(sweeps.PLAIN, [])
+    lines.append(["TD3-BST", spread(own, "score"), spread(own, "length")])
+    return markdown(["embedded maze", "success, %", "steps to the goal"], lines)
+
+
 def figure_column(dataset: str) -> str:
     """What tells runs apart: steps in the embedded maze, whose score is 100 soon."""
     return "length" if dataset == EMBEDDED else "score"
@@ -649,6 +675,7 @@ def pages(
         "results/bst_study.md": {
             "study": standin_table(rows),
             "parts": parts_table(rows),
+            "constants": constants_table(rows),
             "factors": factor_table(
                 factor_rows(rows), sweeps.TABLES["bst-factors"].num_updates
             ),

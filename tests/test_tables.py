@@ -331,6 +331,21 @@ def test_parts_table_takes_each_datasets_own_noise():
     assert cells(table, "TD3-BST") == ["-", "-"]
 
 
+def test_constants_table_is_the_mazes_runs_without_a_supervisor():
+    def run(score: float, length: float, **options: Any) -> store.Row:
+        brief: Any = {"num_morse_updates": 8000} | options
+        return row("TD3-BST", tables.EMBEDDED, 0, score, 20_000, length=length, **brief)
+
+    rows = [run(99.0, 110), run(90.0, 130, mu=1000, floor=0.15)]
+    rows += [run(80.0, 140, mu=1000, floor=0.05), run(10.0, 400, mu=0.5)]
+    rows += [row("TD3-BST", HOPPER, 0, 7.0, 20_000, mu=1000, floor=0.4)]
+    assert tables.constants_table(rows).splitlines()[2:] == [
+        "| omega = 0.05 | 80.0 (n = 1) | 140.0 (n = 1) |",
+        "| omega = 0.15 | 90.0 (n = 1) | 130.0 (n = 1) |",
+        "| TD3-BST | 99.0 (n = 1) | 110.0 (n = 1) |",
+    ]
+
+
 @pytest.mark.parametrize(
     ("lam", "dataset", "label"),
     [
