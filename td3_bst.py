@@ -51,12 +51,12 @@ class Config:
     scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
     supervisor_gradient: bool = True  # differentiate through omega as well
     q_weight: float | None = None  # w, of Q / Z_Q; unset: by domain and spread
-    obs_noise: float | None = None  # std, see `noisy`; unset: by domain and spread
+    obs_noise: float | None = None  # std, see `noisy`; unset: 0, or for falls
     actor_critics: int = 1  # 1: Q_1 for the actor; 2: the smaller Q of both
     discount: float | None = None  # gamma, per step; unset: by domain
     reward_scale: float | None = None  # times the reward; unset: by domain
     reward_shift: float | None = None  # added after scaling; unset: by domain
-    n_step: int | None = None  # rewards before the targets' Q; unset: by domain
+    n_step: int | None = None  # rewards before Q'; unset: 1, or for falls
     polyak: float | None = None  # tau, the targets' step; unset: by domain
     normalize_obs: bool | None = None  # standardise observations; unset: by domain
     critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
@@ -105,23 +105,18 @@ LOCOMOTION = {
     "discount": 0.99,
     "reward_scale": 1.0,
     "reward_shift": 0.0,
-    "n_step": 1000,  # to the episode's end
+    "n_step": 1,
+    "obs_noise": 0.0,
     "polyak": 0.02,
     "normalize_obs": True,
     "critic_layer_norm": False,
 }
 POINTMAZE = {"mu": 0.3, "floor": 0.0, "discount": 0.98, "reward_scale": 10.0}
 ANTMAZE = {"floor": 5.0, "discount": 0.998, "reward_scale": 100.0}
-MAZE = {
-    "q_weight": 1.0,
-    "obs_noise": 0.0,
-    "n_step": 1,
-    "polyak": 0.01,
-    "critic_layer_norm": True,
-}
+MAZE = {"q_weight": 1.0, "polyak": 0.01, "critic_layer_norm": True}
 Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
 LARGEST_Q_WEIGHT = 25.0  # that a spread may ask for
-NOISE_PER_SPREAD = 0.5  # locomotion: obs_noise over the spread of the actions
+NOISE_PER_SPREAD = 0.5  # where agents fall: obs_noise over the spread of the actions
 DEFAULTS = {  # from short experiments, results/bst_study.md
     "locomotion": LOCOMOTION,
     "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
@@ -164,20 +159,28 @@ def action_spread(obs: np.ndarray, action: np.ndarray) -> float:
 
 
 def resolve(
-    config: Config, domain: str, obs: np.ndarray, action: np.ndarray, num_updates: int
+    config: Config, domain: str, data: "Transition", num_updates: int
 ) -> Config:
     """Returns `config` with every unset option at its domain's value.
 
+    In locomotion w follows the spread of the data's actions. Where agents fall, which
+    is what ends an episode there, critics learn the data's returns, to its end, and the
+    actor is shown states with noise.
+
     Args:
-        obs, action: of the data, in its order; what locomotion's weight of Q follows.
+        data: as it was logged, in its order; numpy.
         num_updates: of the whole run, over which the actor's learning rate decays.
     """
-    defaults = DEFAULTS[domain] | {"scale": action.shape[1] / 2}
+    defaults = DEFAULTS[domain] | {"scale": data.action.shape[1] / 2}
     defaults["actor_decay_updates"] = num_updates
+    falls = domain == "locomotion" and bool(np.any(data.terminal))
+    if falls:
+        defaults["n_step"] = 1000  # to the episode's end
     if "q_weight" not in defaults and None in (config.q_weight, config.obs_noise):
-        spread = action_spread(obs, action)
+        spread = action_spread(np.asarray(data.obs), np.asarray(data.action))
         defaults["q_weight"] = min(Q_PER_SPREAD * spread**4, LARGEST_Q_WEIGHT)
-        defaults["obs_noise"] = NOISE_PER_SPREAD * spread
+        if falls:
+            defaults["obs_noise"] = NOISE_PER_SPREAD * spread
     unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     return dataclasses.replace(config, **unset)
 
@@ -557,10 +560,9 @@ def main(args: list[str] | None = None) -> None:
     dataset = datasets.load(options.dataset, options.eval_map, options.best_fraction)
     options = resolve_options(options, dataset, config.policy_delay)
     total = options.num_updates or 0
-    config = resolve(config, dataset.domain, dataset.obs, dataset.action, total)
-    data, mean, std = prepare(
-        Transition(*(getattr(dataset, name) for name in Transition._fields)), config
-    )
+    logged = Transition(*(getattr(dataset, name) for name in Transition._fields))
+    config = resolve(config, dataset.domain, logged, total)
+    data, mean, std = prepare(logged, config)
     if min(options.swept.get("mu", (config.mu or 1,))) < 0.025 and not config.omega_cap:
         print(
             "warning: with mu below 0.025 the actor's first gradients overflow float32"

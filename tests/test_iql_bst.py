@@ -257,8 +257,8 @@ def test_bst_takes_observations_as_td3_bst_does():
             iql_bst.resolve(Config(policy_step=step), domain, 3, RETURNS, 1000)
             for step in ("awr", "bst")
         )
-        data = np.eye(3), np.eye(3)
-        other = td3_bst.resolve(td3_bst.Config(), domain, *data, 1000)
+        data: Any = Transition._make(np.eye(3) for _ in Transition._fields)
+        other = td3_bst.resolve(td3_bst.Config(), domain, data, 1000)
         assert bst.normalize_obs == other.normalize_obs
         assert bst.mu == other.mu
         moved: dict[str, Any] = dict(policy_step="awr")

@@ -18,10 +18,9 @@ import td3_bst
 NET = morse.Config(hidden_dims=(64, 64))
 SIZES: dict[str, Any] = dict(hidden_dims=(64, 64), batch_size=64)
 RETURNS = np.array([0.0, 1.0])  # of episodes
-PAIRS = np.asarray(random_data(0, 500).obs), np.asarray(random_data(0, 500).action)
 TD3_BC = td3_bc.resolve(td3_bc.Config(**SIZES), "locomotion")
 TD3_BST = td3_bst.resolve(
-    td3_bst.Config(morse_net=NET, **SIZES), "locomotion", *PAIRS, 100
+    td3_bst.Config(morse_net=NET, **SIZES), "locomotion", random_data(0, 500), 100
 )
 IQL_BST = iql_bst.resolve(
     iql_bst.Config(morse_net=NET, **SIZES), "locomotion", ACTION_DIM, RETURNS, 100

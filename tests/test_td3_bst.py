@@ -151,17 +151,29 @@ FOUR = np.array([[0.0], [0.1], [9.0], [9.1]])
 SPREAD = np.array([[0.0], [0.2], [1.0], [0.8]]) * np.sqrt([2.0] * 5)
 
 
+def logged(action: np.ndarray, terminal: float = 0.0) -> Any:
+    """`action` in FOUR; the last transition ends its task where `terminal` is 1."""
+    columns: Any = FOUR, action, np.zeros(4), FOUR, np.array([0, 0, 0, terminal])
+    return Transition(*columns)
+
+
 @pytest.mark.parametrize("domain", td3_bst.DEFAULTS)
-def test_resolve_fills_what_is_unset(domain: str):
-    config = td3_bst.resolve(Config(batch_size=7), domain, FOUR, SPREAD, 1000)
+@pytest.mark.parametrize("terminal", [0.0, 1.0])
+def test_resolve_fills_what_is_unset(domain: str, terminal: float):
+    def resolve(config: Config, action: np.ndarray) -> Config:
+        return td3_bst.resolve(config, domain, logged(action, terminal), 1000)
+
+    config, wide = resolve(Config(batch_size=7), SPREAD), resolve(Config(), 2 * SPREAD)
     assert config.scale == 2.5  # dim(A) / 2
     assert config.q_weight == pytest.approx(1 if "maze" in domain else 9000 * 0.2**4)
-    wide = td3_bst.resolve(Config(), domain, FOUR, 2 * SPREAD, num_updates=1000)
     assert wide.q_weight == (1 if "maze" in domain else 25)
-    assert wide.obs_noise == pytest.approx(0 if "maze" in domain else 0.4 / 2)
+    falls = domain == "locomotion" and terminal  # elsewhere the end may be a success
+    assert wide.obs_noise == pytest.approx(0.4 / 2 if falls else 0)
+    assert wide.n_step == (1000 if falls else 1)
     assert config.actor_decay_updates == 1000
     for name, value in td3_bst.DEFAULTS[domain].items():
-        assert getattr(config, name) == value
+        if name not in ("n_step", "obs_noise"):
+            assert getattr(config, name) == value
     assert None not in dataclasses.asdict(config).values()
     assert config.batch_size == 7
 
@@ -185,7 +197,7 @@ def test_resolve_keeps_what_is_set(domain: str):
         actor_decay_updates=0,
     )
     with mock.patch.object(td3_bst, "action_spread", side_effect=AssertionError):
-        same = td3_bst.resolve(config, domain, FOUR, SPREAD, num_updates=1000)
+        same = td3_bst.resolve(config, domain, logged(SPREAD, 1.0), num_updates=1000)
     assert same == config
 
 
