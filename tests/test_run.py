@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import h5py
 import jax
 import numpy as np
 import pytest
@@ -47,25 +48,28 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
-def test_the_weight_of_q_follows_the_data(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("falls", "n_step", "noise"), [(True, 1000, 0.5), (False, 1, 0)]
+)
+def test_defaults_follow_the_data(capsys, tmp_path, falls, n_step, noise):
+    path = tmp_path / "hopper-medium-v2.hdf5"
     rng = np.random.default_rng(0)
-    path = tmp_path / "narrow.npz"
     ends = np.arange(300) % 50 == 49
-    columns: dict[str, Any] = dict(terminals=ends, timeouts=np.zeros(300, bool))
-    columns["actions"] = rng.uniform(-0.3, 0.3, (300, 2))  # spread: .3 / sqrt(3)
-    np.savez(
-        path,
-        observations=rng.normal(size=(300, 3)),
-        rewards=rng.normal(size=300),
-        **columns,
-    )
+    with h5py.File(path, "w") as file:
+        file["observations"] = rng.normal(size=(300, 11))
+        file["actions"] = rng.uniform(-0.3, 0.3, (300, 3))  # spread: .3 / sqrt(3)
+        file["rewards"] = rng.normal(size=300)
+        file["terminals"] = ends if falls else np.zeros(300, bool)
+        file["timeouts"] = np.zeros(300, bool) if falls else ends
     folder = train(
         capsys,
         *("--dataset", path, "--num-updates", 2, "--run-dir", tmp_path),
+        *("--eval-episodes", 0),
     )
     config = json.loads((folder / "config.json").read_text())["config"]
     assert config["q_weight"] == pytest.approx(9000 * (0.3 / 3**0.5) ** 4, rel=0.3)
-    assert config["n_step"] == 1000
+    assert config["obs_noise"] == pytest.approx(noise * 0.3 / 3**0.5, rel=0.1)
+    assert config["n_step"] == n_step
 
 
 def test_a_run_leaves_what_it_promises(capsys, tmp_path, pendulum, monkeypatch):
