@@ -258,7 +258,9 @@ def q_values(
 ) -> jax.Array:
     """Each critic's Q(s, a), (2, B)."""
     apply: Any = Critic(config.hidden_dims, bool(config.critic_layer_norm)).apply
-    return jax.vmap(apply, (0, None, None))(critics, obs, action)
+    num = len(jax.tree.leaves(critics)[0])
+    obs, action = (jnp.broadcast_to(x, (num, *x.shape)) for x in (obs, action))
+    return jax.vmap(apply)(critics, obs, action)  # faster on CPUs than shared inputs
 
 
 def state_values(value: Params, obs: jax.Array, config: Config) -> jax.Array:

@@ -110,7 +110,8 @@ def learn(
         for key_batch, key_noise in (keys[:2], keys[2:]):
             index = jax.random.randint(key_batch, size, 0, start + CHUNK)
             batch = jax.tree.map(lambda x, index=index: x[index], replay)
-            agent, _ = td3_bc.update_critics(agent, batch, key_noise, CONFIG)
+            target = td3_bc.td_target(agent, batch, key_noise, CONFIG)
+            agent, _ = td3_bc.update_critics(agent, batch, target, CONFIG)
         alpha = jnp.float32(ALPHA)
         return td3_bc.update_actor(agent, alpha, batch, batch.obs, CONFIG)[0], None
 

@@ -42,15 +42,29 @@ def actor_loss(
     return td3_bst.actor_loss(actor, critics, bst, batch, batch.obs, config)
 
 
+@partial(jax.jit, static_argnames="config")
+def update_critics(agent: Any, batch: Any, key: Any, config: Config) -> tuple[Any, Any]:
+    """TD3-BST's, towards the targets of `batch` with noise from `key`."""
+    target = td3_bst.td_target(agent, batch, key, config)
+    return td3_bst.update_critics(agent, batch, target, config)
+
+
 actor_grad = jax.jit(jax.grad(actor_loss, has_aux=True), static_argnames="config")
 update = jax.jit(td3_bst.update, static_argnames="config")
 update_actor = jax.jit(td3_bst.update_actor, static_argnames="config")
-update_critics = jax.jit(td3_bst.update_critics, static_argnames="config")
 train = jax.jit(td3_bst.train, static_argnames=("num_updates", "config"))
 
 
 def f32(values: Any) -> jax.Array:
     return jnp.asarray(values, jnp.float32)
+
+
+def doubled(tree: Any) -> Any:
+    """Its float32 leaves in float64, which `jax.enable_x64` must allow."""
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float64 if x.dtype == jnp.float32 else x.dtype),
+        tree,
+    )
 
 
 def net(*layers: tuple[Any, Any]) -> dict[str, Any]:

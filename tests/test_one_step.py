@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ACTION_DIM, OBS_DIM, SMALL, assert_same, bst_of, random_data
+from helpers import (
+    ACTION_DIM,
+    OBS_DIM,
+    SMALL,
+    assert_same,
+    bst_of,
+    doubled,
+    random_data,
+)
 from reference import (
     finite_differences,
     mlp,
@@ -56,13 +64,6 @@ IQL_BST = dataclasses.replace(IQL, policy_step="bst", mu=0.5, actor_decay_update
 def float64():
     with jax.enable_x64(True):
         yield
-
-
-def doubled(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda x: jnp.asarray(x, jnp.float64 if x.dtype == jnp.float32 else x.dtype),
-        tree,
-    )
 
 
 def noisy(tree: Any, seed: int) -> Any:
@@ -125,8 +126,9 @@ def td3bc():
 def test_td3_bc_critic_step(td3bc):
     agent, batch, reference, rows = td3bc
     target = numpy_target(reference, rows, 0.9)
+    y = td3_bc.td_target(agent, batch, KEY, TD3_BC)
     stepped, metrics = jax.jit(partial(td3_bc.update_critics, config=TD3_BC))(
-        agent, batch, KEY
+        agent, batch, y
     )
     check_step(
         lambda critics: numpy_critic_loss(critics, rows, target),
