@@ -38,7 +38,7 @@ Metrics = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class Config:
-    """TD3+BC's options. Unset (None) ones take the domain's value, see DEFAULTS."""
+    """TD3+BC's options. Unset ones (None, ()): the domain's value, DEFAULTS."""
 
     alpha: float = 2.5  # alpha, weight of Q / Z_Q against the squared error; 0: BC
     obs_noise: float = 0.0  # std, see `noisy`; 0: none, as the reference
@@ -49,9 +49,9 @@ class Config:
     polyak: float | None = None  # tau, the targets' step; unset: by domain
     normalize_obs: bool | None = None  # standardise observations; unset: by domain
     critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
-    hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor and critics
-    actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
-    actor_decay_updates: int = 0  # cosine to 0; 0: none, as the reference
+    hidden_dims: tuple[int, ...] = ()  # widths of actor and critics; unset: by domain
+    actor_learning_rate: float | None = None  # Adam's, at first; unset: by domain
+    actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: by domain
     critic_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
     policy_noise: float = 0.2  # sigma of the target action's noise
@@ -75,11 +75,10 @@ class Config:
             raise ValueError(f"polyak must lie in (0, 1], got {self.polyak}")
         noises = ("obs_noise", "policy_noise", "noise_clip")
         for name in (*noises, "actor_decay_updates"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"{name} must not be negative, got {getattr(self, name)}"
-                )
-        if not self.hidden_dims or min(self.hidden_dims) < 1:
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if self.hidden_dims and min(self.hidden_dims) < 1:
             raise ValueError(f"hidden_dims must be positive, got {self.hidden_dims}")
 
 
@@ -91,9 +90,12 @@ LOCOMOTION = {
     "polyak": 0.005,
     "normalize_obs": True,
     "critic_layer_norm": False,
+    "hidden_dims": (256, 256),
+    "actor_learning_rate": 3e-4,
 }
 POINTMAZE = {"discount": 0.98, "reward_scale": 10.0}
-ANTMAZE = {"discount": 0.998, "reward_scale": 100.0}
+DEEPER = {"hidden_dims": (256, 256, 256), "actor_learning_rate": 1e-3}
+ANTMAZE = {"discount": 0.998, "reward_scale": 100.0} | DEEPER
 MAZE = {"polyak": 0.01, "critic_layer_norm": True}
 DEFAULTS = {  # from short experiments, results/bst_study.md
     "locomotion": LOCOMOTION,
@@ -104,10 +106,15 @@ DEFAULTS = {  # from short experiments, results/bst_study.md
 TRACED = ("alpha",)  # may differ between the lanes of one program: --sweep
 
 
-def resolve(config: Config, domain: str) -> Config:
-    """Returns `config` with every unset option at its domain's value."""
-    defaults = DEFAULTS[domain]
-    unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
+def resolve(config: Config, domain: str, num_updates: int = 0) -> Config:
+    """Returns `config` with every unset option at its domain's value.
+
+    Args:
+        num_updates: of the whole run, over which AntMaze's learning rate decays.
+    """
+    decay = num_updates if domain == "antmaze" else 0  # none, as the reference
+    defaults = DEFAULTS[domain] | {"actor_decay_updates": decay}
+    unset = {k: v for k, v in defaults.items() if getattr(config, k) in (None, ())}
     return dataclasses.replace(config, **unset)
 
 
@@ -460,7 +467,7 @@ def main(args: list[str] | None = None) -> None:
     seeds.use_cores(len(options.lanes))
     dataset = datasets.load(options.dataset, options.eval_map, options.best_fraction)
     options = resolve_options(options, dataset, config.policy_delay)
-    config = resolve(config, dataset.domain)
+    config = resolve(config, dataset.domain, options.num_updates or 0)
     data, mean, std = prepare(
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config
     )

@@ -43,7 +43,7 @@ Metrics = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class Config:
-    """TD3-BST's options. Unset (None) ones take the domain's value, see DEFAULTS."""
+    """TD3-BST's options. Unset ones (None, ()): the domain's value, DEFAULTS."""
 
     mu: float | None = None  # mu, temperature of the weight; unset: by domain
     floor: float | None = None  # omega where M is 1; unset: by domain
@@ -60,8 +60,8 @@ class Config:
     polyak: float | None = None  # tau, the targets' step; unset: by domain
     normalize_obs: bool | None = None  # standardise observations; unset: by domain
     critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
-    hidden_dims: tuple[int, ...] = (256, 256)  # widths of actor and critics
-    actor_learning_rate: float = 3e-4  # Adam's step size, the first one of a decay
+    hidden_dims: tuple[int, ...] = ()  # widths of actor and critics; unset: by domain
+    actor_learning_rate: float | None = None  # Adam's, at first; unset: by domain
     actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: the run
     critic_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
@@ -95,7 +95,7 @@ class Config:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if self.actor_critics not in (1, 2):
             raise ValueError(f"actor_critics must be 1 or 2, got {self.actor_critics}")
-        if not self.hidden_dims or min(self.hidden_dims) < 1:
+        if self.hidden_dims and min(self.hidden_dims) < 1:
             raise ValueError(f"hidden_dims must be positive, got {self.hidden_dims}")
 
 
@@ -110,9 +110,12 @@ LOCOMOTION = {
     "polyak": 0.02,
     "normalize_obs": True,
     "critic_layer_norm": False,
+    "hidden_dims": (256, 256),
+    "actor_learning_rate": 3e-4,
 }
 POINTMAZE = {"mu": 0.3, "floor": 0.0, "discount": 0.98, "reward_scale": 10.0}
-ANTMAZE = {"floor": 5.0, "discount": 0.998, "reward_scale": 100.0}
+DEEPER = {"hidden_dims": (256, 256, 256), "actor_learning_rate": 1e-3}
+ANTMAZE = {"floor": 20.0, "discount": 0.998, "reward_scale": 100.0} | DEEPER
 MAZE = {"q_weight": 1.0, "polyak": 0.01, "critic_layer_norm": True}
 Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
 LARGEST_Q_WEIGHT = 25.0  # that a spread may ask for
@@ -181,7 +184,7 @@ def resolve(
         defaults["q_weight"] = min(Q_PER_SPREAD * spread**4, LARGEST_Q_WEIGHT)
         if falls:
             defaults["obs_noise"] = NOISE_PER_SPREAD * spread
-    unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
+    unset = {k: v for k, v in defaults.items() if getattr(config, k) in (None, ())}
     return dataclasses.replace(config, **unset)
 
 
