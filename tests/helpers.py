@@ -26,6 +26,7 @@ SMALL = Config(
     critic_layer_norm=False,
     omega_cap=0.0,  # the paper's omega
     hidden_dims=(8, 8),
+    actor_learning_rate=3e-4,
     batch_size=16,
     morse_net=morse.Config(hidden_dims=(8, 8)),
 )

@@ -20,8 +20,8 @@ def test_operations_of_a_network_by_hand():
 @pytest.mark.parametrize(
     ("method", "config", "mflop"),
     [  # the hopper's shape; counted operation by operation in a study of peers
-        ("TD3+BC", td3_bc.Config(), 403.8),
-        ("TD3-BST", td3_bst.Config(), 403.8 + 69.3),
+        ("TD3+BC", td3_bc.Config(hidden_dims=(256, 256)), 403.8),
+        ("TD3-BST", td3_bst.Config(hidden_dims=(256, 256)), 403.8 + 69.3),
         ("IQL", dataclasses.replace(iql_bst.Config(), policy_step="awr"), 524.3),
         ("Morse", morse.Config(), 412.4),
     ],

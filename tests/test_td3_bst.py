@@ -129,7 +129,6 @@ KEY = jax.random.key(0)
         dict(obs_noise=-0.1),
         dict(actor_critics=0),
         dict(actor_critics=3),
-        dict(hidden_dims=()),
         dict(hidden_dims=(256, 0)),
     ],
     ids=str,
@@ -174,7 +173,10 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
     for name, value in td3_bst.DEFAULTS[domain].items():
         if name not in ("n_step", "obs_noise"):
             assert getattr(config, name) == value
-    assert None not in dataclasses.asdict(config).values()
+    deep = domain == "antmaze"  # where a cloned policy needs it as well
+    assert config.hidden_dims == (256,) * (3 if deep else 2)
+    assert config.actor_learning_rate == (1e-3 if deep else 3e-4)
+    assert not {None, ()} & {*vars(config).values()}
     assert config.batch_size == 7
 
 
@@ -194,11 +196,28 @@ def test_resolve_keeps_what_is_set(domain: str):
         polyak=0.5,
         normalize_obs=False,
         critic_layer_norm=False,
+        hidden_dims=(8,),
+        actor_learning_rate=0.5,
         actor_decay_updates=0,
     )
     with mock.patch.object(td3_bst, "action_spread", side_effect=AssertionError):
         same = td3_bst.resolve(config, domain, logged(SPREAD, 1.0), num_updates=1000)
     assert same == config
+
+
+@pytest.mark.parametrize("domain", td3_bc.DEFAULTS)
+def test_td3_bc_has_the_mazes_settings(domain: str):
+    config = td3_bc.resolve(td3_bc.Config(), domain, 1000)
+    bst = td3_bst.resolve(Config(), domain, logged(SPREAD, 0.0), 1000)
+    own = {"actor_decay_updates": 1000 if domain == "antmaze" else 0}
+    own |= {} if "maze" in domain else {"polyak": 0.005}
+    for name, value in td3_bc.DEFAULTS[domain].items():
+        assert value == own.get(name, getattr(bst, name))
+    assert not {None, ()} & {*vars(config).values()}
+    assert config.actor_decay_updates == own["actor_decay_updates"]
+    still = td3_bc.Config(actor_decay_updates=0, hidden_dims=(8,))
+    kept = td3_bc.resolve(still, domain, 1000)
+    assert (kept.actor_decay_updates, kept.hidden_dims) == (0, (8,))
 
 
 def test_action_spread_by_hand():
