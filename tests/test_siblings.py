@@ -42,7 +42,7 @@ IQL_BST = {
 }
 ONLY_BST = {"Supervisor", "supervisor", "action_spread"}
 ONLY_BST |= {"LARGEST_Q_WEIGHT", "Q_PER_SPREAD", "NOISE_PER_SPREAD"}
-NOT_IQL = {"n_step", "noisy"} | ONLY_BST - {"Supervisor", "supervisor"}
+NOT_IQL = {"n_step", "noisy", "DEEPER"} | ONLY_BST - {"Supervisor", "supervisor"}
 ONLY_IQL = {
     "Value",
     "awr_loss",
