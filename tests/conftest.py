@@ -39,6 +39,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def float64():
+    """Float64 in JAX: `pytestmark = pytest.mark.usefixtures("float64")`."""
+    import jax  # not before the variables above are set
+
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
 def standins(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The stand-in datasets as Minari's folder, where the checkout has them."""
     if not STANDINS.is_dir():

@@ -38,6 +38,8 @@ import iql_bst
 import morse
 import td3_bc
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 KEY = jax.random.key(0)
 OPTIONS: dict[str, Any] = dict(  # of both; steps large enough to be seen
     discount=0.9,
@@ -58,12 +60,6 @@ IQL = iql_bst.Config(
     **OPTIONS,
 )
 IQL_BST = dataclasses.replace(IQL, policy_step="bst", mu=0.5, actor_decay_updates=0)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def noisy(tree: Any, seed: int) -> Any:

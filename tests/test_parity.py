@@ -16,6 +16,9 @@ import morse
 import td3_bc
 import td3_bst
 
+# Adam makes whole steps of gradients that are rounding alone; float32 has those.
+pytestmark = pytest.mark.usefixtures("float64")
+
 NET = morse.Config(hidden_dims=(64, 64))
 SIZES: dict[str, Any] = dict(hidden_dims=(64, 64), batch_size=64)
 RETURNS = np.array([0.0, 1.0])  # of episodes
@@ -42,13 +45,6 @@ def after_100(script: Any, config: Any, **plain: Any) -> Any:
     with mock.patch.dict(vars(script), plain):
         train = jax.jit(partial(script.train, num_updates=100, config=config))
         return train(agent, *own, data, key, start)[0]
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    # Adam makes whole steps of gradients that are rounding alone; float32 has those.
-    with jax.enable_x64(True):
-        yield
 
 
 EVERY_SCRIPT = pytest.mark.parametrize(
