@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -34,7 +35,7 @@ from results import tables
 Method = Literal["TD3+BC", "TD3-BST", "IQL", "IQL-BST", "Morse"]
 SHAPES = {"hopper": (11, 3), "halfcheetah": (17, 6), "antmaze": (29, 8)}
 DOMAINS = {"hopper": "locomotion", "halfcheetah": "locomotion", "antmaze": "antmaze"}
-SIZE = 1024  # of the product's matrices
+SIZE = {"cpu": 1024}  # of the product's matrices, else 4096
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class Case:
     compile_seconds: float
     wall: list[float] = dataclasses.field(default_factory=list)  # seconds of the rounds
     cpu: list[float] = dataclasses.field(default_factory=list)  # core-seconds
+    kernels: float | None = None  # launched per update, on a GPU
 
 
 def make_case(method: Method, shape: str, num_seeds: int, options: Options) -> Case:
@@ -153,8 +155,36 @@ def make_case(method: Method, shape: str, num_seeds: int, options: Options) -> C
         holder["state"], metrics = compiled(holder["state"], *args)
         jax.block_until_ready(metrics)
 
+    launched = None
+    if mesh.devices.flat[0].platform == "gpu":
+        # An iteration of the scan has `policy_delay` updates, where there is one.
+        launched = kernels(compiled.as_text() or "") / getattr(config, "policy_delay", 1)
     cost = flops(method, obs_dim, action_dim, config)
-    return Case(f"{method} {shape}", run, cost, spent)
+    return Case(f"{method} {shape}", run, cost, spent, kernels=launched)
+
+
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "fusion-done"}
+
+
+def kernels(program: str) -> int:
+    """What an iteration of the longest loop of an optimised HLO program launches."""
+    bodies, name = {}, ""
+    for line in program.splitlines():
+        head = re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line)
+        name = head[1] if head else name
+        bodies.setdefault(name, []).append(line)
+
+    def count(name: str) -> int:
+        total = 0
+        for line in bodies[name]:
+            made = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = .*? ([\w-]+)\(", line)
+            if not made or made[1] in FREE:
+                continue
+            called = re.search(r"to_apply=%?([\w.-]+)", line)
+            total += count(called[1]) if called and made[1] == "call" else 1
+        return total
+
+    return max(map(count, re.findall(r"body=%?([\w.-]+)", program)))
 
 
 def _agent(method, shape, lanes, mesh, columns, options) -> Any:
@@ -240,8 +270,9 @@ def make_product(num_devices: int) -> Case:
 
     repeat = 20
     mesh = seeds.mesh(num_devices)
-    matrix = np.random.default_rng(0).normal(size=(SIZE, SIZE)).astype(np.float32)
-    lanes = seeds.split(np.stack([matrix / SIZE] * mesh.size), mesh)
+    size = SIZE.get(mesh.devices.flat[0].platform, 4096)
+    matrix = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
+    lanes = seeds.split(np.stack([matrix / size] * mesh.size), mesh)
 
     def product(x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, repeat, lambda _, y: jnp.dot(y, x), x)
@@ -251,7 +282,7 @@ def make_product(num_devices: int) -> Case:
     def run() -> None:
         compiled(lanes).block_until_ready()
 
-    return Case("matrix product", run, 2 * SIZE**3 * repeat * mesh.size, 0.0)
+    return Case("matrix product", run, 2 * size**3 * repeat * mesh.size, 0.0)
 
 
 # ============================================================================ Measure
@@ -307,6 +338,7 @@ def row_of(case: Case, product: Case, count: int, on_cpu: bool) -> dict[str, Any
         of_peak=statistics.median(shares),
         product_gflop_per_core_second=statistics.median(peak) / 1e9,
         compile_seconds=case.compile_seconds,
+        kernels=case.kernels,
     )
 
 
@@ -318,6 +350,7 @@ HEAD = (
     "spread",
     "MFLOP",
     "of peak",
+    "kernels",  # per update, on a GPU
     "compile, s",
 )
 
@@ -333,6 +366,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{100 * row['spread']:.0f} %",
             f"{row['mflop_per_update']:.1f}",
             f"{100 * row['of_peak']:.0f} %",
+            "-" if row["kernels"] is None else f"{row['kernels']:.0f}",
             f"{row['compile_seconds']:.1f}",
         ]
         for row in rows

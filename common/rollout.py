@@ -4,7 +4,14 @@ A deterministic tanh policy is a list of layers; JAX is not needed to run or shi
 """
 
 import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +20,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from common.checkpoint import write_bytes, write_json
+from common.errors import UserError
 from common.tasks import Task, flatten_obs, make_env, normalized_score
 
 MAX_ENVS = 10  # per seed, stepped together
@@ -42,6 +50,12 @@ class NumpyPolicy:
             x = np.maximum(x @ weight + bias[:, None], 0.0)
         weight, bias = self.layers[-1]
         return self.in_box(np.tanh(x @ weight + bias[:, None]))
+
+    def only(self, k: int) -> "NumpyPolicy":
+        """Policy k alone."""
+        own = slice(k, k + 1)
+        layers = tuple((weight[own], bias[own]) for weight, bias in self.layers)
+        return dataclasses.replace(self, layers=layers)
 
     def in_box(self, action: np.ndarray) -> np.ndarray:
         """Actions (..., A) in [-1, 1] in the environment's range."""
@@ -106,21 +120,77 @@ def _mean(values: np.ndarray) -> float:
 class Evaluator:
     """Keeps the environments; one thread at a time may call `run`."""
 
-    def __init__(self, task: Task, num_seeds: int, num_episodes: int) -> None:
+    def __init__(
+        self, task: Task, num_seeds: int, num_episodes: int, num_workers: int = 0
+    ) -> None:
+        """Makes the environments, or starts the processes that will.
+
+        Args:
+            num_workers: processes that share the episodes; 0: they are played here.
+        """
         self.task, self.num_episodes = task, num_episodes
-        width = min(num_episodes, MAX_ENVS)
+        self.workers, width = None, min(num_episodes, MAX_ENVS)
+        if num_workers:
+            width = min(width, -(-num_seeds * num_episodes // num_workers))
+            spawn = multiprocessing.get_context("spawn")
+            about = (task, width)
+            self.workers = ProcessPoolExecutor(num_workers, spawn, _start, about)
+            self.workers.submit(os.getpid)  # they start now
+            num_seeds = 0
+        self.width = width  # environments of a seed that are stepped together
         self.envs = [[make_env(task) for _ in range(width)] for _ in range(num_seeds)]
 
     def run(self, policy: NumpyPolicy, seeds: Sequence[int], step: int) -> Evaluation:
-        """Plays `num_episodes` per seed; episode e of (seed, step) is reproducible."""
-        shape = (len(seeds), self.num_episodes)
+        """Plays `num_episodes` per seed; episode e of (seed, step) is reproducible.
+
+        Raises:
+            UserError: a process that plays was killed.
+        """
+        episodes = range(self.num_episodes)
+        if self.workers is None:
+            return self.play(policy, seeds, step, episodes)
+        starts = range(0, self.num_episodes, self.width)
+        blocks = [episodes[i : i + self.width] for i in starts]
+        parts = [
+            [
+                self.workers.submit(_play, policy.only(k), *(seed, step, x))
+                for x in blocks
+            ]
+            for k, seed in enumerate(seeds)
+        ]
+        try:
+            played = [[part.result() for part in own] for own in parts]
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that plays evaluation episodes was killed (by the system, "
+                "for want of memory?); go on with --resume"
+            ) from error
+        returns, lengths, success = (
+            np.concatenate(
+                [np.hstack([getattr(part, name) for part in own]) for own in played]
+            )
+            for name in ("returns", "lengths", "success")
+        )
+        failed = tuple(told for own in played for part in own for told in part.failed)
+        return self._judged(returns, lengths, success, failed)
+
+    def play(
+        self,
+        policy: NumpyPolicy,
+        seeds: Sequence[int],
+        step: int,
+        episodes: Sequence[int],
+    ) -> Evaluation:
+        """Plays these episodes of every seed in this process."""
+        shape = (len(seeds), len(episodes))
         returns, lengths, success = (np.full(shape, np.nan) for _ in range(3))
         play = [
-            [_Slot(env, self.task) for env in envs] for envs in self.envs[: len(seeds)]
+            [_Slot(env, self.task) for env in envs[: len(episodes)]]
+            for envs in self.envs[: len(seeds)]
         ]
-        waiting = [list(range(self.num_episodes))[::-1] for _ in seeds]
+        waiting = [list(episodes)[::-1] for _ in seeds]
         failed: list[str] = []
-        obs = np.zeros((len(seeds), len(play[0]), len(policy.obs_mean)), np.float32)
+        obs = np.zeros((len(seeds), self.width, len(policy.obs_mean)), np.float32)
         for k, slots in enumerate(play):
             for e, slot in enumerate(slots):
                 obs[k, e] = slot.start(waiting[k].pop(), seeds[k], step)
@@ -136,24 +206,60 @@ class Evaluator:
                     if slot.failure:
                         failed.append(f"seed {seeds[k]}: {slot.failure}; left out")
                     else:
-                        at = (k, slot.episode)
+                        at = (k, slot.episode - episodes[0])
                         returns[at], lengths[at] = slot.ret, slot.length
                         success[at] = slot.success
                     slot.episode = -1
                     if waiting[k]:
                         obs[k, e] = slot.start(waiting[k].pop(), seeds[k], step)
+        for envs, slots in zip(self.envs, play, strict=False):
+            envs[: len(slots)] = [slot.env for slot in slots]
+        return self._judged(returns, lengths, success, tuple(failed))
+
+    def _judged(
+        self,
+        returns: np.ndarray,
+        lengths: np.ndarray,
+        success: np.ndarray,
+        failed: tuple[str, ...],
+    ) -> Evaluation:
         scores = [
             normalized_score(self.task, _mean(r), _mean(s))
             for r, s in zip(returns, success, strict=True)
         ]
-        self.envs[: len(seeds)] = [[slot.env for slot in slots] for slots in play]
-        return Evaluation(returns, lengths, success, np.array(scores), tuple(failed))
+        return Evaluation(returns, lengths, success, np.array(scores), failed)
 
     def close(self) -> None:
         """Frees the simulators."""
+        if self.workers:
+            self.workers.shutdown()
         for envs in self.envs:
             for env in envs:
                 env.close()
+
+
+_OWN: list[Evaluator] = []  # a worker's
+
+
+def _start(task: Task, width: int) -> None:
+    """A worker's first act: it ends with the run, which alone answers to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    _OWN.append(Evaluator(task, 1, width))
+
+
+def _play(
+    policy: NumpyPolicy, seed: int, step: int, episodes: Sequence[int]
+) -> Evaluation:
+    """A worker's share of an evaluation."""
+    return _OWN[0].play(policy, [seed], step, episodes)
 
 
 class _Slot:

@@ -19,7 +19,6 @@ the run's folder, and prints the rows.
 """
 
 import csv
-import dataclasses
 import importlib
 import io
 import sys
@@ -255,13 +254,6 @@ def on_data(
 
 
 # ======================================================================= In roll-outs
-
-
-def only(policy: rollout.NumpyPolicy, number: int) -> rollout.NumpyPolicy:
-    """Policy `number` alone."""
-    own = slice(number, number + 1)
-    layers = tuple((weight[own], bias[own]) for weight, bias in policy.layers)
-    return dataclasses.replace(policy, layers=layers)
 
 
 def play(own: Acting, dataset: Dataset, episodes: int) -> list[dict[str, Any]]:
@@ -527,7 +519,7 @@ def diagnose(folder: Path, options: Options) -> list[dict[str, Any]]:
     rows, first = [], {}
     for i, lane in enumerate(lanes):
         row, arrays = on_data(lane, obs, action, known, rng)
-        own = only(policy, i)
+        own = policy.only(i)
         if options.episodes and dataset.task is not None:
             played = play(own, dataset, options.episodes)
             more, seen_there = on_rollouts(lane, played, norm, known)

@@ -58,6 +58,42 @@ def test_cases_are_measured():
     assert "TD3+BC hopper | 1 |" in throughput.table(rows)
 
 
+PROGRAM = """
+%fused (a: f32[2]) -> f32[2] {
+  ROOT %b = f32[2]{0} add(%a, %a)
+}
+
+%command_buffer (p: f32[2]) -> (f32[2], f32[2]) {
+  %p = f32[2]{0} parameter(0)
+  %fusion.1 = f32[2]{0} fusion(%p), kind=kLoop, calls=%fused
+  %gemm = (f32[2]{0}, s8[8]{0}) custom-call(%p), custom_call_target="__cublas$gemm"
+  ROOT %t = (f32[2]{0}, f32[2]{0}) tuple(%fusion.1, %fusion.1)
+}
+
+%short_body (q: f32[2]) -> f32[2] {
+  ROOT %copy = f32[2]{0} copy(%q)
+}
+
+%body (q: f32[2]) -> f32[2] {
+  %q = f32[2]{0} parameter(0)
+  %call = (f32[2]{0}, f32[2]{0}) call(%q), to_apply=%command_buffer
+  %r = f32[2]{0} get-tuple-element(%call), index=0
+  ROOT %fusion.2 = f32[2]{0} fusion(%r), kind=kInput, calls=%fused
+}
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %x = f32[2]{0} parameter(0)
+  %first = f32[2]{0} while(%x), condition=%c, body=%short_body
+  ROOT %loop = f32[2]{0} while(%first), condition=%condition, body=%body
+}
+"""
+
+
+def test_kernels_of_the_longest_loop_are_counted():
+    # In the command buffer a fusion and a product, then a fusion; no tuples.
+    assert throughput.kernels(PROGRAM) == 3
+
+
 @pytest.mark.parametrize(
     "wrong", [{"cores": -1}, {"shapes": ("walker",)}, {"num_updates": 3}, {"rounds": 0}]
 )

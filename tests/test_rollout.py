@@ -1,10 +1,13 @@
 """Evaluation: episodes are counted, cut, scored and reproduced as promised."""
 
+import os
+
 import gymnasium as gym
 import numpy as np
 import pytest
 
 from common import rollout
+from common.errors import UserError
 from common.rollout import Evaluator, NumpyPolicy
 from common.tasks import Task
 
@@ -106,3 +109,34 @@ def test_a_maze_episode_without_reward_fails(counters):
     result = Evaluator(task, 1, 6).run(nothing, [0], 1)
     assert result.success.tolist() == [[0.0] * 6]
     assert result.scores.tolist() == [0.0]
+
+
+def test_processes_play_what_one_process_plays():
+    """Episodes are split between processes, and every one is itself again."""
+    spec = gym.spec("Pendulum-v1").to_json()
+    task = task_of(env_spec=spec, horizon=20)
+    rng = np.random.default_rng(0)
+    layers = ((rng.normal(size=(2, 3, 1)), rng.normal(size=(2, 1))),)
+    box = np.full(1, 2.0)
+    policy = NumpyPolicy(layers, np.zeros(3), np.ones(3), -box, box)
+    here, there = Evaluator(task, 2, 7), Evaluator(task, 2, 7, num_workers=3)
+    try:
+        mine, theirs = (e.run(policy, [3, 8], 100) for e in (here, there))
+    finally:
+        there.close()
+    assert there.width == 5
+    for name in ("returns", "lengths", "success", "scores"):
+        np.testing.assert_allclose(getattr(theirs, name), getattr(mine, name))
+    assert len(set(mine.returns.ravel())) == 14
+    assert theirs.failed == ()
+
+
+def test_a_killed_process_is_named():
+    spec = gym.spec("Pendulum-v1").to_json()
+    evaluator = Evaluator(task_of(env_spec=spec), 1, 2, num_workers=1)
+    assert evaluator.workers is not None
+    evaluator.workers.submit(os._exit, 9)
+    policy = constant_policy(0.0)
+    with pytest.raises(UserError, match=r"killed .* go on with --resume"):
+        evaluator.run(policy, [0], 1)
+    evaluator.close()
