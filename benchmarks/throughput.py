@@ -158,7 +158,9 @@ def make_case(method: Method, shape: str, num_seeds: int, options: Options) -> C
     launched = None
     if mesh.devices.flat[0].platform == "gpu":
         # An iteration of the scan has `policy_delay` updates, where there is one.
-        launched = kernels(compiled.as_text() or "") / getattr(config, "policy_delay", 1)
+        launched = kernels(compiled.as_text() or "") / getattr(
+            config, "policy_delay", 1
+        )
     cost = flops(method, obs_dim, action_dim, config)
     return Case(f"{method} {shape}", run, cost, spent, kernels=launched)
 
