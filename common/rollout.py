@@ -24,6 +24,7 @@ from common.errors import UserError
 from common.tasks import Task, flatten_obs, make_env, normalized_score
 
 MAX_ENVS = 10  # per seed, stepped together
+SHARES = 3  # at least so many per process, as episodes differ in length
 NOTHING = np.zeros(1, np.float32)  # an observation where there is none; any shape
 
 
@@ -131,10 +132,12 @@ class Evaluator:
         self.task, self.num_episodes = task, num_episodes
         self.workers, width = None, min(num_episodes, MAX_ENVS)
         if num_workers:
-            width = min(width, -(-num_seeds * num_episodes // num_workers))
+            parts = SHARES * num_workers
+            width = max(1, min(width, num_seeds * num_episodes // parts))
             spawn = multiprocessing.get_context("spawn")
             about = (task, width)
             self.workers = ProcessPoolExecutor(num_workers, spawn, _start, about)
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # theirs; read at an import
             self.workers.submit(os.getpid)  # they start now
             num_seeds = 0
         self.width = width  # environments of a seed that are stepped together
@@ -242,8 +245,10 @@ _OWN: list[Evaluator] = []  # a worker's
 
 
 def _start(task: Task, width: int) -> None:
-    """A worker's first act: it ends with the run, which alone answers to Ctrl-C."""
+    """A worker's first act: it ends with the run, which alone answers to signals."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(AttributeError):  # Windows has no sessions
+        os.setsid()
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
