@@ -320,7 +320,7 @@ def same_bits(script: str, root: Path, caches: tuple[str, ...]) -> int:
     folders, kept = [], {}
     for number, cache in enumerate(caches):
         runs = root / f"{script}{number}"
-        net = [] if script == "td3_bc" else NET
+        net = ["--num-morse-updates", "100"] if script == "td3_bc" else NET
         args = [str(store.ROOT / f"{script}.py"), *SHORT, *net]
         place = {"JAX_ENABLE_COMPILATION_CACHE": str(bool(cache)).lower()}
         programs = root / f"{script}-{cache}"

@@ -98,6 +98,7 @@ def test_vmapped_seeds_equal_looped_ones(group: Any, monkeypatch: pytest.MonkeyP
     # What an accelerator runs: `map_seeds` on a mesh that says that it is one.
     gpu: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
     monkeypatch.setattr(jax, "shard_map", lambda function, **_: function)
+    monkeypatch.setattr(seeds, "OPTIONS", {})  # the compiler's, which a CPU's refuses
     program = seeds.map_seeds(hundred_updates, PER_SEED, gpu)
     keys = seeds.stage_keys(np.arange(4), STAGE)
     text = str(jax.make_jaxpr(program)(keys, *arguments()))
