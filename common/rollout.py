@@ -7,9 +7,8 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
-import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -119,55 +118,71 @@ def _mean(values: np.ndarray) -> float:
 
 
 class Evaluator:
-    """Keeps the environments; one thread at a time may call `run`."""
+    """Keeps the environments, made when first used; one thread at a time may `run`."""
 
     def __init__(
         self, task: Task, num_seeds: int, num_episodes: int, num_workers: int = 0
     ) -> None:
-        """Makes the environments, or starts the processes that will.
+        """Starts the processes, if any; from the main thread, for it sets variables.
 
         Args:
             num_workers: processes that share the episodes; 0: they are played here.
         """
-        self.task, self.num_episodes = task, num_episodes
-        self.workers, width = None, min(num_episodes, MAX_ENVS)
-        if num_workers:
-            parts = SHARES * num_workers
-            width = max(1, min(width, num_seeds * num_episodes // parts))
-            spawn = multiprocessing.get_context("spawn")
-            about = (task, width)
-            self.workers = ProcessPoolExecutor(num_workers, spawn, _start, about)
-            os.environ.setdefault("OMP_NUM_THREADS", "1")  # theirs; read at an import
-            self.workers.submit(os.getpid)  # they start now
-            num_seeds = 0
-        self.width = width  # environments of a seed that are stepped together
-        self.envs = [[make_env(task) for _ in range(width)] for _ in range(num_seeds)]
+        self.task, self.num_seeds, self.num_episodes = task, num_seeds, num_episodes
+        self.num_workers = num_workers
+        self.width = min(num_episodes, MAX_ENVS)  # a seed's episodes played together
+        self.envs: list[list[Any]] = []
+        self.workers = self._started() if num_workers else None
+
+    def _started(self) -> ProcessPoolExecutor:
+        """The processes, each on one thread; they import and wait."""
+        spawn = multiprocessing.get_context("spawn")
+        about = (self.task, self.num_episodes)
+        with _environment(
+            OMP_NUM_THREADS="1",
+            # The run ends by os._exit, after which semaphores are found and told of.
+            PYTHONWARNINGS="ignore::UserWarning:multiprocessing.resource_tracker",
+        ):
+            workers = ProcessPoolExecutor(self.num_workers, spawn, _start, about)
+            for _ in range(self.num_workers):
+                workers.submit(os.getpid)
+        return workers
 
     def run(self, policy: NumpyPolicy, seeds: Sequence[int], step: int) -> Evaluation:
         """Plays `num_episodes` per seed; episode e of (seed, step) is reproducible.
 
         Raises:
-            UserError: a process that plays was killed.
+            UserError: a process that plays was killed, and once more.
         """
-        episodes = range(self.num_episodes)
         if self.workers is None:
-            return self.play(policy, seeds, step, episodes)
-        starts = range(0, self.num_episodes, self.width)
-        blocks = [episodes[i : i + self.width] for i in starts]
+            return self.play(policy, seeds, step, range(self.num_episodes))
+        for _ in range(2):
+            try:
+                return self._shared(self.workers, policy, seeds, step)
+            except BrokenProcessPool:
+                self.workers = self._started()
+        raise UserError(
+            "the processes that play evaluation episodes do not start, or are killed "
+            "(by the system, for want of memory?); go on with --resume"
+        )
+
+    def _shared(
+        self,
+        workers: ProcessPoolExecutor,
+        policy: NumpyPolicy,
+        seeds: Sequence[int],
+        step: int,
+    ) -> Evaluation:
+        """As `run`, in the processes."""
+        share = len(seeds) * self.num_episodes // (SHARES * self.num_workers)
+        share = max(1, min(share, self.width))
+        episodes = range(self.num_episodes)
+        blocks = [episodes[i : i + share] for i in episodes[::share]]
         parts = [
-            [
-                self.workers.submit(_play, policy.only(k), *(seed, step, x))
-                for x in blocks
-            ]
+            [workers.submit(_play, policy.only(k), seed, step, x) for x in blocks]
             for k, seed in enumerate(seeds)
         ]
-        try:
-            played = [[part.result() for part in own] for own in parts]
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a process that plays evaluation episodes was killed (by the system, "
-                "for want of memory?); go on with --resume"
-            ) from error
+        played = [[part.result() for part in own] for own in parts]
         returns, lengths, success = (
             np.concatenate(
                 [np.hstack([getattr(part, name) for part in own]) for own in played]
@@ -184,7 +199,16 @@ class Evaluator:
         step: int,
         episodes: Sequence[int],
     ) -> Evaluation:
-        """Plays these episodes of every seed in this process."""
+        """Plays these episodes of every seed in this process.
+
+        The policy always sees `width` rows, for products of other heights may round
+        otherwise: an episode is the same whichever it is played with.
+        """
+        while len(self.envs) < len(seeds):
+            self.envs.append([])
+        for envs in self.envs[: len(seeds)]:
+            while len(envs) < min(len(episodes), self.width):
+                envs.append(make_env(self.task))
         shape = (len(seeds), len(episodes))
         returns, lengths, success = (np.full(shape, np.nan) for _ in range(3))
         play = [
@@ -244,9 +268,8 @@ class Evaluator:
 _OWN: list[Evaluator] = []  # a worker's
 
 
-def _start(task: Task, width: int) -> None:
-    """A worker's first act: it ends with the run, which alone answers to signals."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start(task: Task, num_episodes: int) -> None:
+    """A worker's first act: it leaves the run's group, but ends with the run."""
     with contextlib.suppress(AttributeError):  # Windows has no sessions
         os.setsid()
 
@@ -257,7 +280,19 @@ def _start(task: Task, width: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    _OWN.append(Evaluator(task, 1, width))
+    _OWN.append(Evaluator(task, 1, num_episodes))
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Sets them for what is started inside."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _play(

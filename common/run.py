@@ -35,6 +35,7 @@ from common.signals import SIGNALS, Stopped, leave
 
 CHUNK = 1000  # updates per compiled scan, at most
 MORSE = "Morse network"  # the stage that fits it
+MAX_WORKERS = 16  # processes that play evaluation episodes; each imports JAX
 
 
 def guarded(main: Callable[[], None]) -> None:
@@ -236,7 +237,7 @@ class Run:
         self._good: tuple[Any, Any] = (None, None)  # the last checkpoint's
         self._largest_q = divergence.largest_q(config, dataset.reward)
         self._pool = ThreadPoolExecutor(1, "evaluation")
-        self._evaluator: Future[rollout.Evaluator] | None = None
+        self._evaluator: rollout.Evaluator | None = None
         self.folder = self._open(options.resume)
         self.tracker.open(self.folder, algorithm, report.flat(config))
         print(device_line())
@@ -247,8 +248,8 @@ class Run:
             )
         if dataset.task is None:
             print(f"evaluation is off: {dataset.why_no_task}")
-        if self.options.eval_episodes:  # made beside the compiling
-            self._evaluator = self._pool.submit(self._make_evaluator)
+        if self.options.eval_episodes:
+            self._evaluator = self._make_evaluator()
         print(f"run: {self.folder}", flush=True)
 
     def _open(self, resume: Path | None) -> Path:
@@ -640,12 +641,13 @@ class Run:
         assert self.dataset.task is not None
         episodes, workers = self.options.eval_episodes or 0, 0
         if self.mesh.devices.flat[0].platform != "cpu":
-            workers = min(max(seeds.num_cores() - 1, 1), len(self.seeds) * episodes)
+            spare = min(max(seeds.num_cores() - 1, 1), MAX_WORKERS)
+            workers = min(spare, len(self.seeds) * episodes)
         return rollout.Evaluator(self.dataset.task, len(self.seeds), episodes, workers)
 
     def _play(self, policy: rollout.NumpyPolicy, step: int) -> rollout.Evaluation:
         assert self._evaluator is not None
-        return self._evaluator.result().run(policy, self.seeds, step)
+        return self._evaluator.run(policy, self.seeds, step)
 
     def flush(self) -> None:
         """Waits for the evaluation under way and writes its rows."""
@@ -723,7 +725,7 @@ class Run:
         self._pool.shutdown()
         self._lock.release()
         if self._evaluator:
-            self._evaluator.result().close()
+            self._evaluator.close()
         found = self._rows_by_label()
         last = {k: rows[-1] for k, rows in found.items() if k not in self.diverged}
         print(report.table(last, self.dataset))

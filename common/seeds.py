@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 # An update is a hundred small kernels, many of which do not wait for each other: 1.4 to
-# 1.5 times as fast on an H200, with the same bits (results/LOG.md).
+# 1.6 times as fast on an H200, with the same bits (results/LOG.md).
 OPTIONS = {"gpu": {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}}
 
 

@@ -116,6 +116,23 @@ def test_policy_folder_has_neither_time_nor_path(capsys, tmp_path, arrays_file):
     assert set(contents(first / "policy")) == {"policy.json", "seed0.safetensors"}
 
 
+def test_processes_that_play_change_no_row(capsys, tmp_path, pendulum, monkeypatch):
+    # As on a GPU: episodes are shared by processes; here every product is the CPU's.
+    logs, evaluator = [], rollout.Evaluator
+    for workers in (0, 2):
+
+        def made(task, seeds, episodes, _, workers=workers):
+            return evaluator(task, seeds, episodes, workers)
+
+        monkeypatch.setattr(rollout, "Evaluator", made)
+        args = ("--dataset", pendulum, "--num-updates", 40, "--eval-every", 20)
+        more = ("--eval-episodes", 3, "--num-seeds", 2, "--run-dir", tmp_path)
+        logs.append(read_log(train(capsys, *args, *more)))
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 4
+    assert all(float(row["return"]) > 0 for row in logs[0])
+
+
 def test_evaluation_off_without_an_environment(capsys, tmp_path, arrays_file):
     args = ["--dataset", str(arrays_file), "--run-dir", str(tmp_path)]
     td3_bst.main([*args, "--num-updates", "10", *SMALL])
