@@ -120,16 +120,14 @@ def _mean(values: np.ndarray) -> float:
 class Evaluator:
     """Keeps the environments, made when first used; one thread at a time may `run`."""
 
-    def __init__(
-        self, task: Task, num_seeds: int, num_episodes: int, num_workers: int = 0
-    ) -> None:
+    def __init__(self, task: Task, num_episodes: int, num_workers: int = 0) -> None:
         """Starts the processes, if any; from the main thread, for it sets variables.
 
         Args:
+            num_episodes: per seed.
             num_workers: processes that share the episodes; 0: they are played here.
         """
-        self.task, self.num_seeds, self.num_episodes = task, num_seeds, num_episodes
-        self.num_workers = num_workers
+        self.task, self.num_episodes, self.num_workers = task, num_episodes, num_workers
         self.width = min(num_episodes, MAX_ENVS)  # a seed's episodes played together
         self.envs: list[list[Any]] = []
         self.workers = self._started() if num_workers else None
@@ -204,11 +202,10 @@ class Evaluator:
         The policy always sees `width` rows, for products of other heights may round
         otherwise: an episode is the same whichever it is played with.
         """
-        while len(self.envs) < len(seeds):
-            self.envs.append([])
+        self.envs += [[] for _ in range(len(seeds) - len(self.envs))]
         for envs in self.envs[: len(seeds)]:
-            while len(envs) < min(len(episodes), self.width):
-                envs.append(make_env(self.task))
+            lacking = min(len(episodes), self.width) - len(envs)
+            envs += [make_env(self.task) for _ in range(lacking)]
         shape = (len(seeds), len(episodes))
         returns, lengths, success = (np.full(shape, np.nan) for _ in range(3))
         play = [
@@ -280,19 +277,22 @@ def _start(task: Task, num_episodes: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    _OWN.append(Evaluator(task, 1, num_episodes))
+    _OWN.append(Evaluator(task, num_episodes))
 
 
 @contextlib.contextmanager
 def _environment(**variables: str) -> Iterator[None]:
     """Sets them for what is started inside."""
-    before = dict(os.environ)
+    before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _play(

@@ -643,7 +643,7 @@ class Run:
         if self.mesh.devices.flat[0].platform != "cpu":
             spare = min(max(seeds.num_cores() - 1, 1), MAX_WORKERS)
             workers = min(spare, len(self.seeds) * episodes)
-        return rollout.Evaluator(self.dataset.task, len(self.seeds), episodes, workers)
+        return rollout.Evaluator(self.dataset.task, episodes, workers)
 
     def _play(self, policy: rollout.NumpyPolicy, step: int) -> rollout.Evaluation:
         assert self._evaluator is not None

@@ -360,7 +360,7 @@ class Faulty(gym.Env):
 def test_episodes_that_fail_are_named_and_left_out(monkeypatch):
     monkeypatch.setattr(rollout, "make_env", lambda task: Faulty())
     Faulty.made = Faulty.played = 0
-    evaluator = rollout.Evaluator(task_of(horizon=50), 1, 24)
+    evaluator = rollout.Evaluator(task_of(horizon=50), 24)
     result = evaluator.run(constant_policy(0.0), [7], 100)
     assert len(result.failed) == 8
     assert Faulty.made == 10 + 8
@@ -388,7 +388,7 @@ def test_an_evaluation_of_which_nothing_is_left_has_no_score(monkeypatch):
             raise OSError("no display")
 
     monkeypatch.setattr(rollout, "make_env", lambda task: Broken())
-    result = rollout.Evaluator(task_of(), 1, 3).run(constant_policy(0.0), [0], 10)
+    result = rollout.Evaluator(task_of(), 3).run(constant_policy(0.0), [0], 10)
     assert len(result.failed) == 3
     assert all(np.isnan(value) for value in result.means(0).values())
 

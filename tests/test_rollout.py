@@ -71,7 +71,7 @@ def expected_lengths(seed: int, step: int, episodes: int, horizon: int) -> list[
 def test_every_episode_is_played_once_and_cut_at_the_horizon(counters):
     # Outputs 0 and .5 in the box [0, 4] are actions 2 and 3, so the return of an
     # episode is 2 or 3 times its length; the score is 100 * return / 10.
-    result = Evaluator(task_of(), 2, 23).run(constant_policy(0.0, 0.5), [4, 9], 100)
+    result = Evaluator(task_of(), 23).run(constant_policy(0.0, 0.5), [4, 9], 100)
     for k, (seed, action) in enumerate([(4, 2.0), (9, 3.0)]):
         lengths = expected_lengths(seed, 100, 23, horizon=3)
         assert result.lengths[k].tolist() == lengths
@@ -82,13 +82,13 @@ def test_every_episode_is_played_once_and_cut_at_the_horizon(counters):
 
 def test_a_seed_is_judged_alike_alone_and_in_a_group(counters):
     policies = constant_policy(0.1, -0.3, 0.7)
-    group = Evaluator(task_of(), 3, 12).run(policies, [0, 1, 2], 5)
-    alone = Evaluator(task_of(), 1, 12).run(constant_policy(-0.3), [1], 5)
+    group = Evaluator(task_of(), 12).run(policies, [0, 1, 2], 5)
+    alone = Evaluator(task_of(), 12).run(constant_policy(-0.3), [1], 5)
     np.testing.assert_array_equal(alone.returns[0], group.returns[1])
 
 
 def test_evaluations_repeat_and_differ_between_steps(counters):
-    evaluator = Evaluator(task_of(), 1, 12)
+    evaluator = Evaluator(task_of(), 12)
     first, again, other = (
         evaluator.run(constant_policy(0.0), [3], step) for step in (7, 7, 8)
     )
@@ -99,7 +99,7 @@ def test_evaluations_repeat_and_differ_between_steps(counters):
 def test_a_maze_episode_ends_at_success(counters):
     # Every step pays 2 > 0, so each episode ends after its first step, with success.
     task = task_of(ends_at_success=True, metric="success")
-    result = Evaluator(task, 1, 6).run(constant_policy(0.0), [0], 1)
+    result = Evaluator(task, 6).run(constant_policy(0.0), [0], 1)
     assert result.lengths.tolist() == [[1] * 6]
     assert result.success.tolist() == [[1.0] * 6]
     assert result.scores.tolist() == [100.0]
@@ -112,7 +112,7 @@ def test_a_maze_episode_without_reward_fails(counters):
         low.layers, low.obs_mean, low.obs_std, np.zeros(1), np.zeros(1)
     )
     task = task_of(ends_at_success=True, metric="success", horizon=5)
-    result = Evaluator(task, 1, 6).run(nothing, [0], 1)
+    result = Evaluator(task, 6).run(nothing, [0], 1)
     assert result.success.tolist() == [[0.0] * 6]
     assert result.scores.tolist() == [0.0]
 
@@ -125,7 +125,7 @@ def test_processes_play_what_one_process_plays():
     layers = ((rng.normal(size=(2, 3, 1)), rng.normal(size=(2, 1))),)
     box = np.full(1, 2.0)
     policy = NumpyPolicy(layers, np.zeros(3), np.ones(3), -box, box)
-    here, there = Evaluator(task, 2, 7), Evaluator(task, 2, 7, num_workers=3)
+    here, there = Evaluator(task, 7), Evaluator(task, 7, num_workers=3)
     try:
         mine, theirs = (e.run(policy, [3, 8], 100) for e in (here, there))
     finally:
@@ -138,7 +138,7 @@ def test_processes_play_what_one_process_plays():
 
 def test_killed_processes_are_started_again_once(monkeypatch):
     spec = gym.spec("Pendulum-v1").to_json()
-    evaluator = Evaluator(task_of(env_spec=spec), 1, 2, num_workers=2)
+    evaluator = Evaluator(task_of(env_spec=spec), 2, num_workers=2)
     policy = NumpyPolicy(
         ((np.ones((1, 3, 1)), np.zeros((1, 1))),),
         *(np.zeros(3), np.ones(3)),
@@ -170,7 +170,7 @@ if __name__ == "__main__":
 
     spec = gymnasium.spec("Pendulum-v1").to_json()
     task = Task(spec, "metadata", (), 3, False, "return", None, None)
-    workers = Evaluator(task, 1, 2, num_workers=1).workers
+    workers = Evaluator(task, 2, num_workers=1).workers
     worker = workers.submit(os.getpid).result()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)  # as a batch system's, to the whole group

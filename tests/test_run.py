@@ -121,8 +121,8 @@ def test_processes_that_play_change_no_row(capsys, tmp_path, pendulum, monkeypat
     logs, evaluator = [], rollout.Evaluator
     for workers in (0, 2):
 
-        def made(task, seeds, episodes, _, workers=workers):
-            return evaluator(task, seeds, episodes, workers)
+        def made(task, episodes, _, workers=workers):
+            return evaluator(task, episodes, workers)
 
         monkeypatch.setattr(rollout, "Evaluator", made)
         args = ("--dataset", pendulum, "--num-updates", 40, "--eval-every", 20)
