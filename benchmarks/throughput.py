@@ -35,7 +35,6 @@ from results import tables
 Method = Literal["TD3+BC", "TD3-BST", "IQL", "IQL-BST", "Morse"]
 SHAPES = {"hopper": (11, 3), "halfcheetah": (17, 6), "antmaze": (29, 8)}
 DOMAINS = {"hopper": "locomotion", "halfcheetah": "locomotion", "antmaze": "antmaze"}
-SIZE = {"cpu": 1024}  # of the product's matrices, else 4096
 
 
 @dataclass(frozen=True)
@@ -158,9 +157,8 @@ def make_case(method: Method, shape: str, num_seeds: int, options: Options) -> C
     launched = None
     if mesh.devices.flat[0].platform == "gpu":
         # An iteration of the scan has `policy_delay` updates, where there is one.
-        launched = kernels(compiled.as_text() or "") / getattr(
-            config, "policy_delay", 1
-        )
+        updates = getattr(config, "policy_delay", 1)
+        launched = kernels(compiled.as_text() or "") / updates
     cost = flops(method, obs_dim, action_dim, config)
     return Case(f"{method} {shape}", run, cost, spent, kernels=launched)
 
@@ -272,7 +270,7 @@ def make_product(num_devices: int) -> Case:
 
     repeat = 20
     mesh = seeds.mesh(num_devices)
-    size = SIZE.get(mesh.devices.flat[0].platform, 4096)
+    size = 1024 if mesh.devices.flat[0].platform == "cpu" else 4096
     matrix = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
     lanes = seeds.split(np.stack([matrix / size] * mesh.size), mesh)
 

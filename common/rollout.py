@@ -136,7 +136,7 @@ class Evaluator:
         """The processes, each on one thread; they import and wait."""
         spawn = multiprocessing.get_context("spawn")
         about = (self.task, self.num_episodes)
-        with _environment(
+        with environment(
             OMP_NUM_THREADS="1",
             # The run ends by os._exit, after which semaphores are found and told of.
             PYTHONWARNINGS="ignore::UserWarning:multiprocessing.resource_tracker",
@@ -154,15 +154,16 @@ class Evaluator:
         """
         if self.workers is None:
             return self.play(policy, seeds, step, range(self.num_episodes))
-        for _ in range(2):
-            try:
-                return self._shared(self.workers, policy, seeds, step)
-            except BrokenProcessPool:
-                self.workers = self._started()
-        raise UserError(
-            "the processes that play evaluation episodes do not start, or are killed "
-            "(by the system, for want of memory?); go on with --resume"
-        )
+        with contextlib.suppress(BrokenProcessPool):
+            return self._shared(self.workers, policy, seeds, step)
+        self.workers = self._started()
+        try:
+            return self._shared(self.workers, policy, seeds, step)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "the processes that play evaluation episodes do not start, or are "
+                "killed (by the system, for want of memory?); go on with --resume"
+            ) from error
 
     def _shared(
         self,
@@ -281,8 +282,8 @@ def _start(task: Task, num_episodes: int) -> None:
 
 
 @contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Sets them for what is started inside."""
+def environment(**variables: str) -> Iterator[None]:
+    """Variables for the processes started inside."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -8,7 +8,6 @@ known answer, or broken. Writes `results/reliability.md`; needs Linux and 15 min
 """
 
 import csv
-import os
 import random
 import resource
 import signal
@@ -17,8 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from tqdm import tqdm
 if __name__ == "__main__":  # a script finds its neighbours through the repository root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from common.rollout import environment
 from results import fuzz, store, tables
 
 SMALL = ["--hidden-dims", "8", "8", "--batch-size", "16", "--eval-episodes", "2"]
@@ -294,18 +293,6 @@ def generate(options: Options) -> tuple[int, Counter[str]]:
 
 
 # ============================================================= Determinism and memory
-
-
-@contextmanager
-def environment(**values: str) -> Iterator[None]:
-    """Variables for the processes started inside."""
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def same_bits(script: str, root: Path, caches: tuple[str, ...]) -> int:

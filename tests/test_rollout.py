@@ -161,7 +161,7 @@ def test_killed_processes_are_started_again_once(monkeypatch):
 
 
 SESSION = """
-import os, signal, sys, time
+import os, signal
 import gymnasium
 
 if __name__ == "__main__":
