@@ -165,7 +165,7 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
     config, wide = resolve(Config(batch_size=7), SPREAD), resolve(Config(), 2 * SPREAD)
     assert config.scale == 2.5  # dim(A) / 2
     assert config.q_weight == pytest.approx(1 if "maze" in domain else 9000 * 0.2**4)
-    assert wide.q_weight == (1 if "maze" in domain else 25)
+    assert wide.q_weight == (1 if "maze" in domain else 8)
     falls = domain == "locomotion" and terminal  # elsewhere the end may be a success
     assert wide.obs_noise == pytest.approx(0.4 / 2 if falls else 0)
     assert wide.n_step == (1000 if falls else 1)
