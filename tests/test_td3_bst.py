@@ -165,7 +165,7 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
     config, wide = resolve(Config(batch_size=7), SPREAD), resolve(Config(), 2 * SPREAD)
     assert config.scale == 2.5  # dim(A) / 2
     assert config.q_weight == pytest.approx(1 if "maze" in domain else 9000 * 0.2**4)
-    assert wide.q_weight == (1 if "maze" in domain else 8)
+    assert wide.q_weight == (1 if "maze" in domain else 25)
     falls = domain == "locomotion" and terminal  # elsewhere the end may be a success
     assert wide.obs_noise == pytest.approx(0.4 / 2 if falls else 0)
     assert wide.n_step == (1000 if falls else 1)
@@ -178,6 +178,25 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
     assert config.actor_learning_rate == (1e-3 if deep else 3e-4)
     assert not {None, ()} & {*vars(config).values()}
     assert config.batch_size == 7
+
+
+@pytest.mark.parametrize(
+    ("num_updates", "decay", "largest"),
+    [
+        (100_000, None, 25),
+        (100_002, None, 8),
+        (100_000, 400_000, 8),  # the run shall be extended
+        (400_000, 0, 8),
+    ],
+)
+def test_a_long_run_has_less_of_q(num_updates: int, decay: int | None, largest: float):
+    def q_weight(action: np.ndarray) -> float | None:
+        config = Config(actor_decay_updates=decay)
+        data = logged(action, 1.0)
+        return td3_bst.resolve(config, "locomotion", data, num_updates).q_weight
+
+    assert q_weight(2 * SPREAD) == largest
+    assert q_weight(SPREAD / 2) == pytest.approx(9000 * 0.1**4)  # asks for less
 
 
 @pytest.mark.parametrize("domain", td3_bst.DEFAULTS)
