@@ -75,6 +75,7 @@ PARTS: tuple[Part, ...] = (  # from cloning to TD3-BST
         {"mu": "1000", "floor": OMEGA},
     ),
     ("TD3-BST without the noise", "TD3-BST", {"obs_noise": "0"}),
+    ("TD3-BST with w = 8", "TD3-BST", {"q_weight": "8"}),
     ("TD3-BST", "TD3-BST", {}),
 )
 NAMES = {"score": "score", "length": "steps to the goal", "success": "success rate"}
