@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import morse
-from common import checkpoint, divergence, plots, report, rollout, seeds
+from common import checkpoint, divergence, report, rollout, seeds
 from common.datasets import Dataset
 from common.errors import UserError
 from common.options import RunOptions, to_json
@@ -695,13 +695,17 @@ class Run:
             rows = [r for r in csv.DictReader(file) if None not in r.values()]
         return [{k: report.number(v) for k, v in row.items()} for row in rows]
 
-    def finish(self, actor: Any, density: plots.Density | None = None) -> None:
+    def finish(
+        self, actor: Any, density: Callable[[Any, Any], Any] | None = None
+    ) -> None:
         """Writes policy, result and pictures; prints the table and, last, the folder.
 
         Args:
             density: the first seed's certainty (B,) of the observations (B, S) as the
                 networks see them and actions (B, A); None: no picture of it.
         """
+        from common import plots  # late: a start need not wait for matplotlib
+
         self.flush()
         policy = self.policy(self._kept(self._own(actor), self._good[1]))
         with self.timed("writing"):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -556,6 +557,17 @@ def test_help_is_grouped_and_flags_are_bare():
     assert max(map(len, out.splitlines())) <= 88
 
 
+@pytest.mark.parametrize("args", [["--mu", "0.01"], ["--learning-rate", "1"]])
+def test_a_user_mistake_ends_the_process_with_two(args, tmp_path):
+    done = subprocess.run(
+        command(*args), capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert args[0].strip("-") in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -581,22 +593,23 @@ def test_help_is_grouped_and_flags_are_bare():
     ],
 )
 def test_user_mistakes_exit_with_two_and_leave_nothing(
-    args, message, tmp_path, arrays_file
+    args, message, tmp_path, arrays_file, capsys, monkeypatch
 ):
+    def leave(code: int, told: str) -> None:  # else pytest ends as well
+        print(told, file=sys.stderr)
+        sys.exit(code)
+
+    monkeypatch.setattr(run, "leave", leave)
+    monkeypatch.setattr(run.SIGNALS, "install", lambda: None)
+    monkeypatch.chdir(tmp_path)
     if args[0] == "--track" and importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")
     if args[0] != "--dataset" and args[0] != "--resume":
         args = [*args, "--dataset", str(arrays_file)]
-    done = subprocess.run(
-        command(*args, "--run-dir", tmp_path / "runs"),
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as end:
+        run.guarded(partial(td3_bst.main, [*args, "--run-dir", "runs"]))
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
