@@ -50,7 +50,7 @@ class Config:
     omega_cap: float = 10.0  # largest omega, less the floor; 0: none
     scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
     supervisor_gradient: bool = True  # differentiate through omega as well
-    q_weight: float | None = None  # w, of Q / Z_Q; unset: by domain, see `resolve`
+    q_weight: float | None = None  # w, of Q / Z_Q; unset: by domain and spread
     obs_noise: float | None = None  # std, see `noisy`; unset: 0, or for falls
     actor_critics: int = 1  # 1: Q_1 for the actor; 2: the smaller Q of both
     discount: float | None = None  # gamma, per step; unset: by domain
@@ -118,9 +118,7 @@ DEEPER = {"hidden_dims": (256, 256, 256), "actor_learning_rate": 1e-3}
 ANTMAZE = {"floor": 20.0, "discount": 0.998, "reward_scale": 100.0} | DEEPER
 MAZE = {"q_weight": 1.0, "polyak": 0.01, "critic_layer_norm": True}
 Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
-MAX_Q_WEIGHT = 25.0  # that a spread may ask for
-LONG_RUN = 100_000  # updates; longer runs wear down with that much of Q
-LONG_MAX_Q_WEIGHT = 8.0  # that a spread may ask for in such a run
+LARGEST_Q_WEIGHT = 25.0  # that a spread may ask for
 NOISE_PER_SPREAD = 0.5  # where agents fall: obs_noise over the spread of the actions
 DEFAULTS = {  # from short experiments, results/bst_study.md
     "locomotion": LOCOMOTION,
@@ -168,9 +166,9 @@ def resolve(
 ) -> Config:
     """Returns `config` with every unset option at its domain's value.
 
-    In locomotion w follows the spread of the data's actions, and is less in a long run.
-    Where agents fall, which is what ends an episode there, critics learn the data's
-    returns, to its end, and the actor is shown states with noise.
+    In locomotion w follows the spread of the data's actions. Where agents fall, which
+    is what ends an episode there, critics learn the data's returns, to its end, and the
+    actor is shown states with noise.
 
     Args:
         data: as it was logged, in its order; numpy.
@@ -183,9 +181,7 @@ def resolve(
         defaults["n_step"] = 1000  # to the episode's end
     if "q_weight" not in defaults and None in (config.q_weight, config.obs_noise):
         spread = action_spread(np.asarray(data.obs), np.asarray(data.action))
-        length = config.actor_decay_updates or num_updates
-        largest = MAX_Q_WEIGHT if length <= LONG_RUN else LONG_MAX_Q_WEIGHT
-        defaults["q_weight"] = min(Q_PER_SPREAD * spread**4, largest)
+        defaults["q_weight"] = min(Q_PER_SPREAD * spread**4, LARGEST_Q_WEIGHT)
         if falls:
             defaults["obs_noise"] = NOISE_PER_SPREAD * spread
     unset = {k: v for k, v in defaults.items() if getattr(config, k) in (None, ())}

@@ -47,6 +47,26 @@ def float64():
         yield
 
 
+@pytest.fixture(scope="module")
+def short_runs():
+    """Runs in this process that compile sooner and whose pictures are empty files.
+
+    Of a run of some updates both are most. What is asked of such runs must not depend
+    on how well they are compiled.
+    """
+    import jax
+
+    from common import plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("curves", "certainty"):
+            patch.setattr(plots, name, lambda path, *_: path.touch())
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # or what was compiled here is used in other modules
+
+
 @pytest.fixture
 def standins(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The stand-in datasets as Minari's folder, where the checkout has them."""

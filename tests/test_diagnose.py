@@ -17,6 +17,8 @@ from common.errors import UserError
 from common.rollout import NumpyPolicy
 from results import diagnose
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 SMALL = ("--num-updates", "40", "--eval-every", "20", "--num-morse-updates", "20")
 SMALL = (*SMALL, "--hidden-dims", "8", "8", "--batch-size", "16", "--num-seeds", "2")
 CONFIG = SimpleNamespace(reward_scale=2.0, reward_shift=-1.0, discount=0.5)

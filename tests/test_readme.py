@@ -32,6 +32,14 @@ def commands() -> list[str]:
     return [line for line in lines if "pytest" not in line]  # that is this very run
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compile():
+    """The commands run; how well they are compiled is nothing to this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def arrays_file(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
@@ -90,6 +98,8 @@ def test_command_runs(line, arrays_file, pendulum, finished, tmp_path):
     if script == "results/reproduce.py":
         for option in ("--datasets", "--num-seeds"):
             args = without(args, option)
+        if "quick" not in args and "--dry-run" not in args:  # one sweep is run whole
+            args.append("--dry-run")
         own = ["--datasets", pendulum, "--methods", "TD3-BST", *SWEEP]
         subprocess.run(
             [sys.executable, str(ROOT / script), *args, *own, "--out", str(tmp_path)],
@@ -110,7 +120,9 @@ def test_command_runs(line, arrays_file, pendulum, finished, tmp_path):
     if script != "morse.py" or "--dataset" in args:
         args = ["--dataset", str(arrays_file), *without(args, "--dataset")]
     folder = run(script, [*args, *tiny, "--run-dir"], tmp_path)
-    assert folder.is_dir()
+    pictures = [path.stat().st_size for path in folder.glob("*.png")]
+    assert pictures
+    assert min(pictures) > 10_000
 
 
 def test_snippet_for_your_project_runs():

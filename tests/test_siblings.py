@@ -41,8 +41,7 @@ IQL_BST = {
     "main": "the returns' range; AWR needs no Morse network",
 }
 ONLY_BST = {"Supervisor", "supervisor", "action_spread"}
-ONLY_BST |= {"MAX_Q_WEIGHT", "LONG_RUN", "LONG_MAX_Q_WEIGHT"}
-ONLY_BST |= {"Q_PER_SPREAD", "NOISE_PER_SPREAD"}
+ONLY_BST |= {"LARGEST_Q_WEIGHT", "Q_PER_SPREAD", "NOISE_PER_SPREAD"}
 NOT_IQL = {"n_step", "noisy", "DEEPER"} | ONLY_BST - {"Supervisor", "supervisor"}
 ONLY_IQL = {
     "Value",

@@ -180,25 +180,6 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
     assert config.batch_size == 7
 
 
-@pytest.mark.parametrize(
-    ("num_updates", "decay", "largest"),
-    [
-        (100_000, None, 25),
-        (100_002, None, 8),
-        (100_000, 400_000, 8),  # the run shall be extended
-        (400_000, 0, 8),
-    ],
-)
-def test_a_long_run_has_less_of_q(num_updates: int, decay: int | None, largest: float):
-    def q_weight(action: np.ndarray) -> float | None:
-        config = Config(actor_decay_updates=decay)
-        data = logged(action, 1.0)
-        return td3_bst.resolve(config, "locomotion", data, num_updates).q_weight
-
-    assert q_weight(2 * SPREAD) == largest
-    assert q_weight(SPREAD / 2) == pytest.approx(9000 * 0.1**4)  # asks for less
-
-
 @pytest.mark.parametrize("domain", td3_bst.DEFAULTS)
 def test_resolve_keeps_what_is_set(domain: str):
     # False and 0 are set, not unset.
