@@ -62,7 +62,7 @@ class Config:
     critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
     hidden_dims: tuple[int, ...] = ()  # widths of actor and critics; unset: by domain
     actor_learning_rate: float | None = None  # Adam's, at first; unset: by domain
-    actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: the run
+    actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: see README
     critic_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
     policy_noise: float = 0.2  # sigma of the target action's noise
@@ -120,6 +120,7 @@ MAZE = {"q_weight": 1.0, "polyak": 0.01, "critic_layer_norm": True}
 Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
 LARGEST_Q_WEIGHT = 25.0  # that a spread may ask for
 NOISE_PER_SPREAD = 0.5  # where agents fall: obs_noise over the spread of the actions
+LOCOMOTION_UPDATES = 100_000  # a run's, unless told; where agents fall the actor's
 DEFAULTS = {  # from short experiments, results/bst_study.md
     "locomotion": LOCOMOTION,
     "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
@@ -168,17 +169,19 @@ def resolve(
 
     In locomotion w follows the spread of the data's actions. Where agents fall, which
     is what ends an episode there, critics learn the data's returns, to its end, and the
-    actor is shown states with noise.
+    actor is shown states with noise; it stands still after LOCOMOTION_UPDATES, because
+    following such critics for longer wears it down.
 
     Args:
         data: as it was logged, in its order; numpy.
-        num_updates: of the whole run, over which the actor's learning rate decays.
+        num_updates: of the whole run, over which the actor's learning rate else decays.
     """
     defaults = DEFAULTS[domain] | {"scale": data.action.shape[1] / 2}
     defaults["actor_decay_updates"] = num_updates
     falls = domain == "locomotion" and bool(np.any(data.terminal))
     if falls:
         defaults["n_step"] = 1000  # to the episode's end
+        defaults["actor_decay_updates"] = min(num_updates, LOCOMOTION_UPDATES)
     if "q_weight" not in defaults and None in (config.q_weight, config.obs_noise):
         spread = action_spread(np.asarray(data.obs), np.asarray(data.action))
         defaults["q_weight"] = min(Q_PER_SPREAD * spread**4, LARGEST_Q_WEIGHT)
@@ -566,6 +569,8 @@ def main(args: list[str] | None = None) -> None:
     begin = time.perf_counter()
     seeds.use_cores(len(options.lanes))
     dataset = datasets.load(options.dataset, options.eval_map, options.best_fraction)
+    if dataset.domain == "locomotion" and options.num_updates is None:
+        options = dataclasses.replace(options, num_updates=LOCOMOTION_UPDATES)
     options = resolve_options(options, dataset, config.policy_delay)
     total = options.num_updates or 0
     logged = Transition(*(getattr(dataset, name) for name in Transition._fields))

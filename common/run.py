@@ -198,20 +198,15 @@ class Run:
             obs_mean, obs_std: (S,); the networks see (obs - obs_mean) / obs_std.
 
         Raises:
-            UserError: the folder cannot be made, or belongs to another dataset; the
-                actor's learning rate would be 0 before the end.
+            UserError: the folder cannot be made, or belongs to another dataset; a run
+                was to be made longer whose actor would stand still.
         """
         self.algorithm, self.dataset, self.config = algorithm, dataset, config
         unit = getattr(config, "policy_delay", 1)
         self.options = options
         self.num_updates = self.options.num_updates or 0
         decay = getattr(config, "actor_decay_updates", 0)
-        if 0 < decay < self.num_updates:
-            raise UserError(
-                f"the actor's learning rate is 0 from update {decay} on, --num-updates "
-                f"is {self.num_updates}: begin a new run with a longer "
-                "--actor-decay-updates (0: none)"
-            )
+        self.rests = decay if 0 < decay < self.num_updates else 0  # from there on
         self.eval_every = self.options.eval_every or 1
         self.plan = (self.num_updates, self.eval_every, unit)  # for `chunks`
         self.obs_mean, self.obs_std = obs_mean, obs_std
@@ -246,6 +241,8 @@ class Run:
             print(
                 "options: " + " ".join(f"{k}={v}" for k, v in report.flat(part).items())
             )
+        if self.rests:
+            print(f"the actor stands still after {self.rests} updates")
         if dataset.task is None:
             print(f"evaluation is off: {dataset.why_no_task}")
         if self.options.eval_episodes:
@@ -267,6 +264,12 @@ class Run:
                 raise UserError(
                     f"{self.dataset.name} is not the data that {resume} was trained on "
                     "(its fingerprint differs)"
+                )
+            if self.rests and stored["options"]["num_updates"] < self.num_updates:
+                raise UserError(
+                    f"the actor's learning rate is 0 from update {self.rests} on, "
+                    f"--num-updates is {self.num_updates}: begin a new run with a "
+                    "longer --actor-decay-updates (0: none)"
                 )
             folder = resume
             done = max(map(_step_of, self._checkpoints(folder)), default=0)

@@ -51,19 +51,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize(
-    ("falls", "n_step", "noise"), [(True, 1000, 0.5), (False, 1, 0)]
-)
-def test_defaults_follow_the_data(capsys, tmp_path, falls, n_step, noise):
-    path = tmp_path / "hopper-medium-v2.hdf5"
+def locomotion_file(folder: Path, falls: bool) -> Path:
+    """300 random transitions of a hopper; the spread of actions is .3 / sqrt(3)."""
+    path = folder / "hopper-medium-v2.hdf5"
     rng = np.random.default_rng(0)
     ends = np.arange(300) % 50 == 49
     with h5py.File(path, "w") as file:
         file["observations"] = rng.normal(size=(300, 11))
-        file["actions"] = rng.uniform(-0.3, 0.3, (300, 3))  # spread: .3 / sqrt(3)
+        file["actions"] = rng.uniform(-0.3, 0.3, (300, 3))
         file["rewards"] = rng.normal(size=300)
         file["terminals"] = ends if falls else np.zeros(300, bool)
         file["timeouts"] = np.zeros(300, bool) if falls else ends
+    return path
+
+
+@pytest.mark.parametrize(
+    ("falls", "n_step", "noise"), [(True, 1000, 0.5), (False, 1, 0)]
+)
+def test_defaults_follow_the_data(capsys, tmp_path, falls, n_step, noise):
+    path = locomotion_file(tmp_path, falls)
     folder = train(
         capsys,
         *("--dataset", path, "--num-updates", 2, "--run-dir", tmp_path),
@@ -73,6 +79,23 @@ def test_defaults_follow_the_data(capsys, tmp_path, falls, n_step, noise):
     assert config["q_weight"] == pytest.approx(9000 * (0.3 / 3**0.5) ** 4, rel=0.3)
     assert config["obs_noise"] == pytest.approx(noise * 0.3 / 3**0.5, rel=0.1)
     assert config["n_step"] == n_step
+
+
+@pytest.mark.parametrize(("asked", "length"), [(None, 100_000), (300_000, 300_000)])
+def test_locomotion_trains_its_actor_for_100000_updates(
+    tmp_path, monkeypatch, asked, length
+):
+    class Begun(Exception):
+        pass
+
+    def begin(algorithm, options, config, *_):
+        assert (options.num_updates, config.actor_decay_updates) == (length, 100_000)
+        raise Begun
+
+    monkeypatch.setattr(run, "Run", begin)
+    counts = ["--num-updates", str(asked)] if asked else []
+    with pytest.raises(Begun):
+        td3_bst.main(["--dataset", str(locomotion_file(tmp_path, True)), *counts])
 
 
 def test_a_run_leaves_what_it_promises(capsys, tmp_path, pendulum, monkeypatch):
@@ -301,7 +324,7 @@ def test_an_extended_run_equals_a_long_one(capsys, tmp_path, arrays_file):
     ],
     ids=["td3_bst", "awr"],
 )
-def test_no_run_trains_past_the_end_of_its_decay(
+def test_no_run_is_extended_past_the_end_of_its_decay(
     script, extra, longer, capsys, tmp_path, arrays_file
 ):
     args = ["--dataset", str(arrays_file), "--eval-every", "10", *SMALL, *extra]
@@ -315,6 +338,20 @@ def test_no_run_trains_past_the_end_of_its_decay(
     folder = Path(capsys.readouterr().out.splitlines()[-1])
     script.main(["--resume", str(folder), "--num-updates", "40"])
     assert [r["step"] for r in read_log(folder)] == ["10", "20", "30", "40"]
+
+
+def test_an_actor_whose_decay_has_ended_stands_still(capsys, tmp_path, arrays_file):
+    # What is left after 40 updates is what 20 leave, to the bit.
+    args = ["--dataset", arrays_file, "--run-dir", tmp_path]
+    args += ["--actor-decay-updates", 20]
+    short = train(capsys, *args, "--num-updates", 20)
+    td3_bst.main([*map(str, args), "--num-updates", "40", *SMALL])
+    told = capsys.readouterr().out
+    assert "the actor stands still after 20 updates" in told
+    long = Path(told.splitlines()[-1])
+    assert contents(long / "policy") == contents(short / "policy")
+    assert read_log(long)[-1]["critic_loss"] != read_log(short)[-1]["critic_loss"]
+    td3_bst.main(["--resume", str(long)])  # it was begun like that
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ TD3_BC = {
     "update_actor": "hands alpha on, not the supervisor",
     "update": "hands alpha on, not the supervisor",
     "train": "hands alpha on, not the supervisor; the largest omega",
-    "main": "the Morse network",
+    "main": "the Morse network; the length of a run",
 }
 IQL_BST = {
     "Config": "expectile, beta and the policy step instead of target noise and delay",
@@ -38,10 +38,11 @@ IQL_BST = {
     "update_actor": "AWR, no target actor",
     "update": "one value, actor and critic step on one batch",
     "train": "no delay",
-    "main": "the returns' range; AWR needs no Morse network",
+    "main": "the returns' range; AWR needs no Morse network; the length of a run",
 }
 ONLY_BST = {"Supervisor", "supervisor", "action_spread"}
 ONLY_BST |= {"LARGEST_Q_WEIGHT", "Q_PER_SPREAD", "NOISE_PER_SPREAD"}
+ONLY_BST |= {"LOCOMOTION_UPDATES"}
 NOT_IQL = {"n_step", "noisy", "DEEPER"} | ONLY_BST - {"Supervisor", "supervisor"}
 ONLY_IQL = {
     "Value",

@@ -170,6 +170,8 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
     assert wide.obs_noise == pytest.approx(0.4 / 2 if falls else 0)
     assert wide.n_step == (1000 if falls else 1)
     assert config.actor_decay_updates == 1000
+    long = td3_bst.resolve(Config(), domain, logged(SPREAD, terminal), 300_000)
+    assert long.actor_decay_updates == (100_000 if falls else 300_000)
     for name, value in td3_bst.DEFAULTS[domain].items():
         if name not in ("n_step", "obs_noise"):
             assert getattr(config, name) == value
