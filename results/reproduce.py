@@ -134,6 +134,9 @@ def run_script(algorithm: str, args: Sequence[str], output: Path) -> None:
             process.terminate()  # it writes a checkpoint first; a second one: at once
             _wait_or_kill(process)
             raise
+        finally:
+            assert process.stdin
+            process.stdin.close()  # not before: it is what the script watches
     if code != 0:
         said = output.read_bytes()[begin:].decode(errors="replace").splitlines()
         lines = [line.strip(" │╭╮╰╯─") for line in said]  # a bad option is in a box
@@ -370,13 +373,18 @@ def main(args: list[str] | None = None) -> int:
     return sweep(table, options)
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+def command_line(args: list[str] | None = None) -> int:
+    """`main`, whose errors are one line; returns the exit code."""
     try:
-        sys.exit(main())
+        return main(args)
     except (OSError, SweepError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        return 130
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(command_line())

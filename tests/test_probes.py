@@ -38,21 +38,39 @@ def keys() -> jax.Array:
     return jax.vmap(jax.random.key)(SEEDS)
 
 
-@partial(jax.jit, static_argnames=("num_updates", "cap"))
-def train(
-    keys, data: Transition, morse_params: Params, scale, mu, num_updates=2000, cap=10.0
-):
-    """Trains fresh agents, one per key, of one program for all the probes."""
-    config = dataclasses.replace(PROBE, omega_cap=cap)
+CHUNK = 200  # updates of a compiled program
 
-    def one_seed(key, params):
-        key_init, key_train = jax.random.split(key)
-        agent = td3_bst.init(key_init, 1, 1, config)
+
+def in_chunks(program: Any, num_updates: int, agent: Any) -> tuple[Any, Any]:
+    """`num_updates` by calls of program(agent, start); the last one's metrics."""
+    metrics = {}
+    for start in range(0, num_updates, CHUNK):
+        agent, metrics = program(agent, jnp.int32(start))
+    return agent, metrics
+
+
+@jax.jit
+def fresh(keys) -> td3_bst.AgentState:
+    """Agents of TD3-BST, which are TD3+BC's."""
+    return jax.vmap(lambda key: td3_bst.init(key, 1, 1, PROBE))(keys)
+
+
+@jax.jit
+def chunk(agent, keys, data: Transition, morse_params: Params, scale, mu, start):
+    def one_seed(agent, key, params):
         bst = Supervisor(params, scale, mu, f32(0.0))
-        start = jnp.int32(0)
-        return td3_bst.train(agent, bst, data, key_train, start, num_updates, config)
+        return td3_bst.train(agent, bst, data, key, start, CHUNK, PROBE)
 
-    return jax.vmap(one_seed)(keys, morse_params)
+    return jax.vmap(one_seed)(agent, keys, morse_params)
+
+
+def train(keys, data: Transition, morse_params: Params, scale, mu, num_updates=2000):
+    """Trains fresh agents, one per key, of one program for all the probes."""
+    return in_chunks(
+        lambda agent, start: chunk(agent, keys, data, morse_params, scale, mu, start),
+        num_updates,
+        fresh(keys),
+    )
 
 
 @jax.jit
@@ -200,17 +218,22 @@ TD3_BC = td3_bc.Config(
 )
 
 
-@partial(jax.jit, static_argnames=("num_updates", "config"))
-def train_td3_bc(keys, data: Any, config: td3_bc.Config, num_updates=2000):
+@jax.jit
+def chunk_td3_bc(agent, keys, data: Any, alpha, start):
+    def one_seed(agent, key):
+        return td3_bc.train(agent, alpha, data, key, start, CHUNK, TD3_BC)
+
+    return jax.vmap(one_seed)(agent, keys)
+
+
+def train_td3_bc(keys, data: Any, alpha: float, num_updates=2000):
     """As `train`, from the same keys."""
-
-    def one_seed(key):
-        key_init, key_train = jax.random.split(key)
-        agent = td3_bc.init(key_init, 1, 1, config)
-        args = (data, key_train, jnp.int32(0), num_updates, config)
-        return td3_bc.train(agent, f32(config.alpha), *args)
-
-    return jax.vmap(one_seed)(keys)
+    agent = td3_bc.AgentState(*fresh(keys))
+    return in_chunks(
+        lambda agent, start: chunk_td3_bc(agent, keys, data, f32(alpha), start),
+        num_updates,
+        agent,
+    )
 
 
 @pytest.mark.parametrize(("alpha", "best"), [(0.0, 0.0), (0.5, 0.207)])
@@ -219,7 +242,7 @@ def test_td3_bc_weighs_q_against_the_data(keys: jax.Array, alpha: float, best: f
     # least where 2 pi = alpha / (1 + pi): at (sqrt(1 + 2 alpha) - 1) / 2.
     action = np.random.default_rng(4).normal(0, 0.1, NUM)
     data = transitions(action, reward=1 + action)
-    agent, _ = train_td3_bc(keys, data, dataclasses.replace(TD3_BC, alpha=alpha))
+    agent, _ = train_td3_bc(keys, data, alpha)
     chosen = np.median(actions_of(agent, POINTS), axis=0)
     assert chosen == pytest.approx(np.full(7, best), abs=0.04)
 
@@ -237,14 +260,14 @@ def nowhere_certain(keys: jax.Array) -> Params:
 
 
 def test_certain_nowhere_is_td3_bc(keys: jax.Array):
-    # omega = e^(1 / mu) - 1 = w everywhere: L = w ||pi - a||^2 - Q / Z_Q is w times
-    # TD3+BC's with alpha = 1 / w (A = 1), and Adam does not see a factor.
+    # omega = e^(1 / mu) - 1 = w = 1.7, below the cap, everywhere: L = w ||pi - a||^2 -
+    # Q / Z_Q is w times TD3+BC's with alpha = 1 / w (A = 1), and Adam does not see a
+    # factor.
     data = random_bandit()
     mu = 1.0
-    config = dataclasses.replace(TD3_BC, alpha=float(1 / np.expm1(1 / mu)))
     args = (keys, data, nowhere_certain(keys), f32(1.0), f32(mu))
-    bst, metrics = train(*args, num_updates=200, cap=0.0)
-    bc, _ = train_td3_bc(keys, data, config, num_updates=200)
+    bst, metrics = train(*args, num_updates=CHUNK)
+    bc, _ = train_td3_bc(keys, data, 1 / np.expm1(1 / mu), num_updates=CHUNK)
     assert metrics["certainty"] == pytest.approx(np.zeros(4), abs=1e-6)
     np.testing.assert_allclose(
         actions_of(bst, POINTS), actions_of(bc, POINTS), atol=1e-3
@@ -256,9 +279,8 @@ def test_certain_everywhere_is_td3_with_any_amount_of_q(keys: jax.Array, unfitte
     # omega = 0 leaves -Q / Z_Q: TD3, and TD3+BC in the limit of a large alpha.
     data = random_bandit()
     args = (keys, data, unfitted, NO_PULL, MU)
-    bst, metrics = train(*args, num_updates=200, cap=0.0)
-    config = dataclasses.replace(TD3_BC, alpha=1e5)
-    bc, _ = train_td3_bc(keys, data, config, num_updates=200)
+    bst, metrics = train(*args, num_updates=CHUNK)
+    bc, _ = train_td3_bc(keys, data, 1e5, num_updates=CHUNK)
     np.testing.assert_array_equal(metrics["omega"], np.zeros(4))
     np.testing.assert_allclose(
         actions_of(bst, POINTS), actions_of(bc, POINTS), atol=1e-3
@@ -273,8 +295,7 @@ def random_bandit() -> Transition:
 # ================================================================================ IQL
 
 IQL = iql_bst.Config(
-    expectile=0.7,
-    beta=3.0,
+    beta=1.0,
     mu=0.5,
     discount=0.9,
     polyak=0.1,
@@ -287,19 +308,31 @@ IQL = iql_bst.Config(
     batch_size=64,
     morse_net=PROBE.morse_net,
 )
-AWR = dataclasses.replace(IQL, policy_step="awr")
+AWR = dataclasses.replace(IQL, policy_step="awr")  # its beta is one of those below
 
 
-@partial(jax.jit, static_argnames=("num_updates", "config"))
-def train_iql(keys, data: Any, morse_params, config: iql_bst.Config, num_updates=2000):
-    def one_seed(key, params):
-        key_init, key_train = jax.random.split(key)
-        agent = iql_bst.init(key_init, 1, 1, config)
+@partial(jax.jit, static_argnames="config")
+def chunk_iql(agent, keys, data: Any, morse_params, expectile, start, config):
+    def one_seed(agent, key, params):
         bst = iql_bst.Supervisor(params, f32(2.0), f32(config.mu), f32(0.0))
-        args = (data, key_train, jnp.int32(0), num_updates, config)
-        return iql_bst.train(agent, bst, f32(config.expectile), *args)
+        return iql_bst.train(agent, bst, expectile, data, key, start, CHUNK, config)
 
-    return jax.vmap(one_seed)(keys, morse_params)
+    return jax.vmap(one_seed)(agent, keys, morse_params)
+
+
+@partial(jax.jit, static_argnames="config")
+def fresh_iql(keys, config: iql_bst.Config) -> iql_bst.AgentState:
+    return jax.vmap(lambda key: iql_bst.init(key, 1, 1, config))(keys)
+
+
+def train_iql(keys, data: Any, morse_params, config: iql_bst.Config, expectile=0.7):
+    """2000 updates of fresh agents, one per key."""
+    args = keys, data, morse_params, f32(expectile)
+    return in_chunks(
+        lambda agent, start: chunk_iql(agent, *args, start, config),
+        2000,
+        fresh_iql(keys, config),
+    )
 
 
 @jax.jit
@@ -326,8 +359,7 @@ def test_the_value_goes_to_the_best_action_as_tau_goes_to_one(
 ):
     # Least p tau (1 - v)^2 + (1 - p) (1 - tau) v^2, p = .25 the better action's share:
     # v = p tau / (p tau + (1 - p) (1 - tau)) = .25, .75, .971: to 1, not the mean.
-    config = dataclasses.replace(AWR, expectile=tau)
-    agent, _ = train_iql(keys, two_actions(0.25), unfitted, config)
+    agent, _ = train_iql(keys, two_actions(0.25), unfitted, AWR, tau)
     expected = 0.25 * tau / (0.25 * tau + 0.75 * (1 - tau))
     value = np.median(values_of(agent, ORIGIN))
     assert value == pytest.approx(expected, abs=0.04)

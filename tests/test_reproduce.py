@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import io
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -299,19 +301,43 @@ def test_options_of_a_row_are_those_of_the_script(algorithm: str):
 TINY = ["hidden_dims=8,8", "batch_size=16", "eval_episodes=2", "num_morse_updates=20"]
 
 
-def sweep_command(out: Path, *args: str) -> list[str]:
-    script = [sys.executable, str(ROOT / "results" / "reproduce.py"), "locomotion"]
-    script += ["--num-updates", "6000", "--eval-every", "2000", "--num-seeds", "2"]
-    return [*script, *args, "--out", str(out), "--set", *TINY]
+@pytest.fixture(scope="module", autouse=True)
+def quick_compile():
+    """Of a short run compiling is most; how well is nothing to this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
 
 
-def run(out: Path, *args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        sweep_command(out, *args), capture_output=True, text=True, check=False
+def sweep_args(out: Path, *args: str) -> list[str]:
+    counts = ["--num-updates", "6000", "--eval-every", "2000", "--num-seeds", "2"]
+    return ["locomotion", *counts, *args, "--out", str(out), "--set", *TINY]
+
+
+def start(out: Path, *args: str) -> subprocess.Popen[bytes]:
+    """The sweep as a process of its own, to be killed."""
+    script = [sys.executable, str(ROOT / "results" / "reproduce.py")]
+    return subprocess.Popen(
+        [*script, *sweep_args(out, *args)],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+
+
+def call(args: list[str], code: int = 0) -> tuple[str, str]:
+    """The command in this process, its scripts in theirs: what it said, out and err."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            ended = reproduce.command_line(args)
+        except SystemExit as error:  # options that do not parse
+            ended = error.code
+    assert ended == code, err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
+def run(out: Path, *args: str, code: int = 0) -> tuple[str, str]:
+    return call(sweep_args(out, *args), code)
 
 
 @pytest.fixture(scope="module")
@@ -353,9 +379,9 @@ def test_a_sweep_leaves_rows_table_figures_and_rates(whole: Path):
 
 def test_what_is_there_is_not_run_again(whole: Path, methods: list[str]):
     before = results(whole)
-    assert "holds every cell" in run(whole, *methods).stdout
+    assert "holds every cell" in run(whole, *methods)[0]
     assert results(whole) == before
-    planned = run(whole, *methods, "--num-seeds", "3", "--dry-run").stdout
+    planned = run(whole, *methods, "--num-seeds", "3", "--dry-run")[0]
     assert planned.count("uv run td3_b") == planned.count("--seed 2") == 2
     assert "2 processes, 2 policies to train" in planned
     assert results(whole) == before
@@ -365,11 +391,7 @@ def test_kills_change_nothing(whole: Path, methods: list[str], tmp_path: Path):
     rng = random.Random(1)
     kills = int(os.environ.get("KILLS", "3"))
     for number in range(kills):
-        process = subprocess.Popen(
-            sweep_command(tmp_path, *methods),
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        process = start(tmp_path, *methods)
         if number == 0:  # once in the midst of training for sure
             wait_for(tmp_path, "*/*/*/checkpoint/step-00000[24]*")
         else:
@@ -394,10 +416,7 @@ def wait_for(folder: Path, pattern: str) -> None:
 
 
 def test_a_script_ends_with_its_sweep(methods: list[str], tmp_path: Path):
-    process = subprocess.Popen(
-        sweep_command(tmp_path, *methods, "--num-updates", "2000000"),
-        stdout=subprocess.DEVNULL,
-    )
+    process = start(tmp_path, *methods, "--num-updates", "2000000")
     wait_for(tmp_path, "*/*/*/checkpoint/step-000002*")
     (run_folder,) = tmp_path.glob("runs/*/*/checkpoint")
     lock = FileLock(run_folder.parent / ".lock")
@@ -420,7 +439,7 @@ def test_merged_shards_equal_one_run(whole: Path, methods: list[str], tmp_path: 
 
 def test_scales_share_one_process(pendulum: str, tmp_path: Path):
     args = ["--datasets", pendulum, "--methods", "TD3-BST", "--scales", "0.5", "2"]
-    assert run(tmp_path, *args).stdout.count("done in") == 1
+    assert run(tmp_path, *args)[0].count("done in") == 1
     rows = store.read(tmp_path / "results.csv")
     trained = [r for r in rows if r["algorithm"] != "data"]
     assert {store.options_of(r)["scale"] for r in trained} == {"0.5", "2"}
@@ -453,36 +472,28 @@ def test_without_an_environment_there_is_nothing_to_tabulate(tmp_path: Path):
         terminals=np.zeros(60, bool),
         timeouts=np.arange(60) % 10 == 9,
     )
-    done = run(tmp_path, "--datasets", str(arrays), "--methods", "BC", code=1)
-    assert "there are no scores" in done.stderr
+    _, said = run(tmp_path, "--datasets", str(arrays), "--methods", "BC", code=1)
+    assert "there are no scores" in said
     assert not (tmp_path / "results.csv").exists()
 
 
 def test_an_unknown_option_is_named(methods: list[str], tmp_path: Path):
-    bad = ["--set", "no_such=1"]
-    command = sweep_command(tmp_path, *methods)
-    done = subprocess.run(
-        [*command[: command.index("--set")], *bad],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr.count("--no-such") >= 2  # both methods, each in one line
+    args = sweep_args(tmp_path, *methods)
+    _, said = call([*args[: args.index("--set")], "--set", "no_such=1"], code=1)
+    assert said.count("--no-such") >= 2  # both methods, each in one line
 
 
 def test_a_failed_job_stops_no_other(pendulum: str, tmp_path: Path):
     args = ["--datasets", "no/such-v0", pendulum, "--methods", "BC"]
-    done = run(tmp_path, *args, code=1)
-    assert "failed: BC on no/such-v0" in done.stderr
-    assert "no/such-v0" in done.stderr
+    _, said = run(tmp_path, *args, code=1)
+    assert "failed: BC on no/such-v0" in said
     names = {r["dataset"] for r in store.read(tmp_path / "results.csv")}
     assert names == {pendulum}
 
 
 def test_user_mistakes_are_one_line(tmp_path: Path):
-    done = run(tmp_path, "--shard", "3/2", code=2)
-    assert "shard expects i/n with 1 <= i <= n" in done.stderr
+    _, said = run(tmp_path, "--shard", "3/2", code=2)
+    assert "shard expects i/n with 1 <= i <= n" in said
     script = [sys.executable, str(ROOT / "results" / "reproduce.py"), "merge"]
     done = subprocess.run(
         [*script, str(tmp_path / "all.csv"), str(tmp_path / "none.csv")],
@@ -492,4 +503,5 @@ def test_user_mistakes_are_one_line(tmp_path: Path):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: no such file: ")
+    assert "\n" not in done.stderr.strip()
     assert not (tmp_path / "all.csv").exists()
