@@ -25,7 +25,8 @@ class RunOptions:
     best_fraction: float = 1.0  # of the episodes to train on, best returns first
     seed: int = 0  # the first seed
     num_seeds: int = 1  # train seeds seed, seed + 1, ... side by side
-    num_updates: int | None = None  # critic updates; unset: see README, most often 1M
+    # critic updates; unset: 20000 embedded, 100000 td3_bst.py in locomotion, else 1M
+    num_updates: int | None = None
     num_morse_updates: int | None = None  # unset: 8000 embedded, else 20000
     eval_every: int | None = None  # critic updates; unset: 5000, other mazes 50000
     eval_episodes: int | None = None  # per seed; unset: 100 in mazes, else 10; 0: none
