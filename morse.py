@@ -328,7 +328,7 @@ class Options:
     num_morse_updates: int = 10_000  # gradient steps of each network
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds seed, seed + 1, ...
-    normalize_obs: bool | None = None  # standardise; none: all but antmaze
+    normalize_obs: bool = True  # standardise observations, as TD3-BST does
     num_points: int = 20_000  # most pairs in each of the report's four sets
     run_dir: Path = Path("runs")  # the run's own folder is made in here
     morse: Config = Config()
@@ -481,10 +481,7 @@ def calibrate(options: Options) -> Path:
         raise UserError(f"{options.dataset}: one episode; two are the least to split")
     held_out = np.isin(ds.episode, episodes[: max(1, len(episodes) // 10)])
     obs, action = np.asarray(ds.obs), np.asarray(ds.action)
-    normalize = options.normalize_obs
-    if normalize is None:
-        normalize = ds.domain != "antmaze"
-    if normalize:
+    if options.normalize_obs:
         std = obs.std(axis=0, dtype=np.float64) + 1e-3
         obs = ((obs - obs.mean(axis=0, dtype=np.float64)) / std).astype(np.float32)
 
@@ -506,9 +503,8 @@ def calibrate(options: Options) -> Path:
         pooled[scale] = {name: [] for name in sets}
         for seed in range(options.seed, options.seed + options.num_seeds):
             params = fit_with_bar(seed, *kept, scale, options)
-            run.save_morse(
-                folder, seed, params, scale, options.morse, ds.fingerprint, normalize
-            )
+            about = options.morse, ds.fingerprint, options.normalize_obs
+            run.save_morse(folder, seed, params, scale, *about)
             row = {"scale": scale, "seed": seed}
             log_m = {}
             for name, (s, a) in sets.items():

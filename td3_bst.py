@@ -62,8 +62,7 @@ class Config:
     critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
     hidden_dims: tuple[int, ...] = ()  # widths of actor and critics; unset: by domain
     actor_learning_rate: float | None = None  # Adam's, at first; unset: by domain
-    # cosine to 0; 0: none; unset: the run, or for falls at most 100000 of it
-    actor_decay_updates: int | None = None
+    actor_decay_updates: int | None = None  # cosine to 0; 0: none; unset: by domain
     critic_learning_rate: float = 3e-4  # Adam's step size
     batch_size: int = 256  # B, transitions per update
     policy_noise: float = 0.2  # sigma of the target action's noise

@@ -1,4 +1,7 @@
-"""What a run does where its options say nothing. Imports nothing, so costs nothing."""
+"""What a run does where its options say nothing. Imports nothing, so costs nothing.
+
+In locomotion a run of TD3-BST has another length, `td3_bst.LOCOMOTION_UPDATES`.
+"""
 
 EMBEDDED = "td3-bst/pointmaze/zigzag-v0"  # what is trained on if nothing is named
 

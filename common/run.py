@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
@@ -49,9 +49,10 @@ def guarded(main: Callable[[], None]) -> None:
     except UserError as error:
         leave(2, f"error: {error}")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE):
             raise
-        leave(2, f"error: cannot write {error.filename or ''}: {error.strerror}")
+        what = error.filename or "what is printed"
+        leave(2, f"error: cannot write {what}: {error.strerror}")
     except Stopped as stop:
         leave(128 + SIGNALS.asked, str(stop))
 
@@ -131,7 +132,7 @@ def save_morse(
 
 
 def load_morse(
-    folder: Path,
+    folders: Sequence[Path],
     seed: int,
     template: Any,
     scale: float,
@@ -139,13 +140,18 @@ def load_morse(
     fingerprint: str,
     standardised: bool,
 ) -> Any:
-    """Reads what `save_morse` wrote: (parameters, loss).
+    """Reads what `save_morse` wrote, of the first folder that has it.
+
+    Returns:
+        The parameters and the loss.
 
     Raises:
         UserError: there is no such network, or its data or settings are others.
     """
-    path = folder / "morse" / f"scale{float(scale):.9g}-seed{seed}.safetensors"
-    if not path.is_file():
+    name = f"morse/scale{float(scale):.9g}-seed{seed}.safetensors"
+    path = next((f / name for f in folders if (f / name).is_file()), None)
+    if path is None:
+        folder = folders[-1]
         there = sorted(p.stem for p in (folder / "morse").glob("*.safetensors"))
         raise UserError(
             f"no Morse network of scale {scale:g} and seed {seed} in {folder}; "
@@ -265,7 +271,8 @@ class Run:
                     f"{self.dataset.name} is not the data that {resume} was trained on "
                     "(its fingerprint differs)"
                 )
-            if self.rests and stored["options"]["num_updates"] < self.num_updates:
+            length = stored["options"]["num_updates"]
+            if length <= self.rests and length < self.num_updates:
                 raise UserError(
                     f"the actor's learning rate is 0 from update {self.rests} on, "
                     f"--num-updates is {self.num_updates}: begin a new run with a "
@@ -289,6 +296,8 @@ class Run:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise UserError(f"another process is at work in {folder}") from error
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error}") from error
         own = to_json(dataclasses.replace(self.options, resume=None))
         # Now: the files may be others by the end of a long run.
         now = self.code = dict(versions=versions(), commit=commit())
@@ -529,7 +538,7 @@ class Run:
         self.failed_episodes = meta.get("failed_episodes", 0)
         self._count = meta.get("count", 0)
         self._sums = {k: self._laid(v) for k, v in meta.get("sums", {}).items()}
-        self.rows = [r for r in self._read_log() if int(r["step"]) < meta["step"]]
+        self.rows = [r for r in self._read_log() if r["step"] < meta["step"]]
         self._write_log()
         print(f"resumed at update {meta['step']} from {path}")
         self._restored_rows = meta.get("rows")
@@ -694,9 +703,16 @@ class Run:
         path = self.folder / "log.csv"
         if not path.exists():
             return []
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [r for r in csv.DictReader(file) if None not in r.values()]
-        return [{k: report.number(v) for k, v in row.items()} for row in rows]
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [r for r in csv.DictReader(file) if None not in r.values()]
+            read = [{k: report.number(v) for k, v in row.items()} for row in rows]
+            return [row | {"step": int(row["step"])} for row in read]
+        except (csv.Error, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} is not the run's log any more ({error!r}): move it away; "
+                "what it held before the checkpoint stays away"
+            ) from error
 
     def finish(
         self, actor: Any, density: Callable[[Any, Any], Any] | None = None
@@ -801,17 +817,19 @@ def reused_networks(
 ) -> list[Any] | None:
     """The networks that --morse names, one per lane; None without it.
 
-    Call before the run has a folder: a network that does not fit is a UserError.
+    Call before the run has a folder: a network that does not fit is a UserError. A
+    resumed run takes its own copies, so that what --morse named may be gone.
     """
     if options.morse is None:
         return None
+    folders = [options.resume, options.morse] if options.resume else [options.morse]
     init = partial(morse.init, config=config)
     shape = jax.eval_shape(
         lambda key: init(key, dataset.obs_dim, dataset.action_dim), jax.random.key(0)
     )
     return [
         load_morse(
-            options.morse,
+            folders,
             lane["seed"],
             shape.params,
             *_identity(lane.get("scale", scale), config, dataset, obs_mean),

@@ -10,6 +10,7 @@ killed goes on where it was: type the same command again.
 """
 
 import csv
+import functools
 import json
 import os
 import shlex
@@ -227,6 +228,20 @@ def rate_of(job: Job, run: Path, spent: float) -> sweeps.Rate:
     return {name: str(values[name]) for name in sweeps.RATE_COLUMNS}
 
 
+@functools.cache
+def check_evaluated(dataset: str, eval_map: str) -> None:
+    """Refuses a dataset whose policies nothing evaluates, before they are trained."""
+    from common import datasets
+    from common.errors import UserError
+
+    try:
+        found = datasets.load(dataset, eval_map)
+    except UserError as error:
+        raise SweepError(str(error)) from error
+    if found.task is None:
+        raise SweepError(f"there are no scores: {found.why_no_task}")
+
+
 def check_code(job: Job, code: str) -> None:
     """Refuses to run or to keep what other code than the planned one makes."""
     if store.code_hash(job.algorithm) != code:
@@ -242,6 +257,7 @@ def finish(job: Job, code: str, options: Sweep) -> None:
     folder = out / "runs" / job.name(code)
     fresh, begin = not any(folder.iterdir()), time.perf_counter()
     check_code(job, code)
+    check_evaluated(job.dataset, dict(job.options).get("eval_map", "auto"))
     done = run(job, folder)
     check_code(job, code)
     if fresh and {name for name, _ in options.further} <= HARMLESS:

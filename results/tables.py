@@ -643,7 +643,7 @@ def report(rows: Sequence[Row], name: str) -> str:
     step = largest_step(runs)
     if name == "ablation-scale":
         return ablation_table(rows)
-    if name == "bst-factors":
+    if name.startswith("bst-factors"):
         step = max((run.step for run in runs), default=0)
         return f"After {step:,} updates:\n\n{factor_table(rows, step)}"
     if name not in ("quick", "locomotion", "antmaze"):

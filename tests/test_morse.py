@@ -16,6 +16,7 @@ import pytest
 from helpers import adam_steps
 
 import morse
+import td3_bst
 from morse import Config
 
 ROOT = Path(morse.__file__).parent
@@ -452,6 +453,12 @@ def test_mistakes_end_with_exit_code_2(options, tmp_path):
     assert done.returncode == 2
     assert f"got {options[1]}" in done.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_calibration_sees_observations_as_td3_bst_does():
+    # Or --morse could not take its networks.
+    own = morse.Options().normalize_obs
+    assert {own} == {d["normalize_obs"] for d in td3_bst.DEFAULTS.values()}
 
 
 def test_calibration_report(tmp_path):

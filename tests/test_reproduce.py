@@ -474,6 +474,7 @@ def test_without_an_environment_there_is_nothing_to_tabulate(tmp_path: Path):
     )
     _, said = run(tmp_path, "--datasets", str(arrays), "--methods", "BC", code=1)
     assert "there are no scores" in said
+    assert not list(tmp_path.glob("runs/*/*"))  # nothing was trained
     assert not (tmp_path / "results.csv").exists()
 
 

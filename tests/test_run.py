@@ -1,9 +1,11 @@
 """The run's folder: what is in it, that nothing is lost, and that resuming is exact."""
 
 import csv
+import errno
 import importlib.util
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +13,13 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import h5py
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 from safetensors.numpy import load_file
 
 import iql_bst
@@ -351,7 +355,8 @@ def test_an_actor_whose_decay_has_ended_stands_still(capsys, tmp_path, arrays_fi
     long = Path(told.splitlines()[-1])
     assert contents(long / "policy") == contents(short / "policy")
     assert read_log(long)[-1]["critic_loss"] != read_log(short)[-1]["critic_loss"]
-    td3_bst.main(["--resume", str(long)])  # it was begun like that
+    td3_bst.main(["--resume", str(long), "--num-updates", "50"])  # begun like that
+    assert contents(long / "policy") == contents(short / "policy")
 
 
 @pytest.mark.parametrize(
@@ -466,6 +471,17 @@ def test_resuming_refuses_what_would_change_the_run(capsys, tmp_path, arrays_fil
     with pytest.raises(UserError, match=r"another version: .* obs_noise"):
         td3_bst.main(["--resume", str(folder)])
     stored["config"]["obs_noise"] = noise
+    (folder / "config.json").write_text(json.dumps(stored))
+    log = (folder / "log.csv").read_text()
+    (folder / "log.csv").write_text(log.replace(",", ";"))  # a spreadsheet's
+    with pytest.raises(UserError, match="not the run's log any more"):
+        td3_bst.main(["--resume", str(folder)])
+    (folder / "log.csv").write_text(log)
+    with (
+        mock.patch.object(FileLock, "acquire", side_effect=PermissionError("no")),
+        pytest.raises(UserError, match=f"cannot write to {folder}: no"),
+    ):
+        td3_bst.main(["--resume", str(folder)])
     stored["dataset"]["fingerprint"] = "another"
     (folder / "config.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match="fingerprint"):
@@ -483,6 +499,10 @@ def test_fitted_networks_are_reused_bit_for_bit(capsys, tmp_path, arrays_file):
     assert contents(second / "policy") == contents(first / "policy")
     result = json.loads((second / "result.json").read_text())
     assert "pretraining" not in result["wall"]
+    shutil.rmtree(first)  # a resumed run has its own
+    before = contents(second / "policy")
+    td3_bst.main(["--resume", str(second)])
+    assert contents(second / "policy") == before
 
 
 @pytest.mark.parametrize(
@@ -604,6 +624,30 @@ def test_a_user_mistake_ends_the_process_with_two(args, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def exits(monkeypatch):
+    """`guarded` raises SystemExit, where it else ends pytest as well."""
+
+    def leave(code: int, told: str) -> None:
+        print(told, file=sys.stderr)
+        sys.exit(code)
+
+    monkeypatch.setattr(run, "leave", leave)
+    monkeypatch.setattr(run.SIGNALS, "install", lambda: None)
+
+
+@pytest.mark.parametrize("stream", [None, "log.csv"])
+def test_a_reader_that_is_gone_is_one_line(stream, exits, capsys):
+    def main() -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe", stream)
+
+    with pytest.raises(SystemExit) as end:
+        run.guarded(main)
+    assert end.value.code == 2
+    what = stream or "what is printed"
+    assert capsys.readouterr().err == f"error: cannot write {what}: Broken pipe\n"
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -629,14 +673,8 @@ def test_a_user_mistake_ends_the_process_with_two(args, tmp_path):
     ],
 )
 def test_user_mistakes_exit_with_two_and_leave_nothing(
-    args, message, tmp_path, arrays_file, capsys, monkeypatch
+    args, message, tmp_path, arrays_file, capsys, monkeypatch, exits
 ):
-    def leave(code: int, told: str) -> None:  # else pytest ends as well
-        print(told, file=sys.stderr)
-        sys.exit(code)
-
-    monkeypatch.setattr(run, "leave", leave)
-    monkeypatch.setattr(run.SIGNALS, "install", lambda: None)
     monkeypatch.chdir(tmp_path)
     if args[0] == "--track" and importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")

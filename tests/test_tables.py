@@ -415,6 +415,8 @@ def test_reports():
     assert "| dataset | BC | 10%BC |" in made  # no column without a run
     quick = [row("BC", tables.EMBEDDED, 0, 100.0, 2000)]
     assert tables.quick_table(quick, 2000) in tables.report(quick, "quick")
+    factors = tables.report(quick, "bst-factors-maze")  # of one without variants
+    assert factors == tables.report(quick, "bst-factors")
     with pytest.raises(ValueError, match="expected one of quick, locomotion"):
         tables.report(rows, "other")
     assert tables.report([], "ablation-scale") == tables.NOT_YET
