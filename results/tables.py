@@ -1,6 +1,6 @@
 """Markdown tables from rows of results, with interquartile means and intervals.
 
-    uv run results/tables.py           write them into README.md and results/README.md
+    uv run results/tables.py           write them into the pages, see `pages`
     uv run results/tables.py --check   write nothing; exit 1 if a page says otherwise
 
 A run counts by its last evaluation, a seed once. A cell is the mean and the sample sd
