@@ -59,11 +59,16 @@ def action_dims(sweep: Sweep) -> dict[str, int]:
 
 def action_dim(dataset: str) -> int:
     """Known by name, or read."""
+    return sweeps.action_dim(dataset) or load(dataset).action_dim
+
+
+def load(dataset: str, eval_map: str = "auto") -> Any:
+    """The dataset, as the scripts load it; a SweepError where they have an error."""
     from common import datasets
     from common.errors import UserError
 
     try:
-        return sweeps.action_dim(dataset) or datasets.load(dataset).action_dim
+        return datasets.load(dataset, eval_map)
     except UserError as error:
         raise SweepError(str(error)) from error
 
@@ -122,22 +127,19 @@ def run_script(algorithm: str, args: Sequence[str], output: Path) -> None:
     script = [sys.executable, "-c", WATCHED, str(store.ROOT / f"{algorithm}.py"), *args]
     with output.open("ab") as file:
         begin = file.tell()
-        process = subprocess.Popen(
+        with subprocess.Popen(  # closes what the script watches, at the end
             script,
             stdin=subprocess.PIPE,
             stdout=file,
             stderr=file,
             start_new_session=True,  # a terminal's Ctrl-C comes by way of the sweep
-        )
-        try:
-            code = process.wait()
-        except BaseException:
-            process.terminate()  # it writes a checkpoint first; a second one: at once
-            _wait_or_kill(process)
-            raise
-        finally:
-            assert process.stdin
-            process.stdin.close()  # not before: it is what the script watches
+        ) as process:
+            try:
+                code = process.wait()
+            except BaseException:
+                process.terminate()  # it writes a checkpoint; a second one: at once
+                _wait_or_kill(process)
+                raise
     if code != 0:
         said = output.read_bytes()[begin:].decode(errors="replace").splitlines()
         lines = [line.strip(" │╭╮╰╯─") for line in said]  # a bad option is in a box
@@ -231,13 +233,7 @@ def rate_of(job: Job, run: Path, spent: float) -> sweeps.Rate:
 @functools.cache
 def check_evaluated(dataset: str, eval_map: str) -> None:
     """Refuses a dataset whose policies nothing evaluates, before they are trained."""
-    from common import datasets
-    from common.errors import UserError
-
-    try:
-        found = datasets.load(dataset, eval_map)
-    except UserError as error:
-        raise SweepError(str(error)) from error
+    found = load(dataset, eval_map)
     if found.task is None:
         raise SweepError(f"there are no scores: {found.why_no_task}")
 

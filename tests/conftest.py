@@ -67,6 +67,14 @@ def short_runs():
     jax.clear_caches()  # or what was compiled here is used in other modules
 
 
+@pytest.fixture(scope="module")
+def quick_compile():
+    """Processes that a module starts compile sooner; how well is nothing to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+
+
 @pytest.fixture
 def standins(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The stand-in datasets as Minari's folder, where the checkout has them."""

@@ -13,6 +13,8 @@ import pytest
 import td3_bst
 from common import rollout
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COUNTS = "--num-updates 4 --eval-every 4 --num-morse-updates 2 --num-seeds 1"
@@ -30,14 +32,6 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[str]:
     lines = [line for block in blocks("sh") for line in block.splitlines() if line]
     return [line for line in lines if "pytest" not in line]  # that is this very run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compile():
-    """The commands run; how well they are compiled is nothing to this file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ from common.options import parse
 from results import reproduce, store, sweeps
 from results.sweeps import Job, Sweep
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROOT = Path(__file__).parent.parent
 QUICK = sweeps.TABLES["quick"]
 BST: tuple = ("TD3-BST",)
@@ -299,14 +301,6 @@ def test_options_of_a_row_are_those_of_the_script(algorithm: str):
 # ---------------------------------------------------------------------- whole sweeps
 
 TINY = ["hidden_dims=8,8", "batch_size=16", "eval_episodes=2", "num_morse_updates=20"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compile():
-    """Of a short run compiling is most; how well is nothing to this file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        yield
 
 
 def sweep_args(out: Path, *args: str) -> list[str]:
