@@ -81,7 +81,15 @@ def test_a_signal_stops_after_the_chunk_and_nothing_is_lost(tmp_path, pendulum):
 
 
 @pytest.fixture
-def stop_at(monkeypatch):
+def short_chunks():
+    """Chunks of 10 updates, so that a short run has several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "CHUNK", 10)
+        yield
+
+
+@pytest.fixture
+def stop_at(monkeypatch, short_chunks):
     """Signals when a stage of a run in this process reaches an update."""
 
     def arm(stage: str, at: int) -> None:
@@ -100,16 +108,16 @@ def stop_at(monkeypatch):
 
 
 def args_of(data: Path, tmp_path: Path) -> list[str]:
-    args = ["--dataset", str(data), "--num-updates", "3000", "--eval-every", "1500"]
-    args += [*SMALL, "--num-morse-updates", "3000", "--num-seeds", "2"]
+    args = ["--dataset", str(data), "--num-updates", "40", "--eval-every", "20"]
+    args += [*SMALL, "--num-morse-updates", "30", "--num-seeds", "2"]
     return [*args, "--run-dir", str(tmp_path)]
 
 
 @pytest.mark.parametrize(
     ("stage", "at", "aside"),
     [
-        ("Morse network", 2000, "Morse-network.safetensors"),
-        ("TD3-BST", 2500, "step-000002500.safetensors"),
+        ("Morse network", 20, "Morse-network.safetensors"),
+        ("TD3-BST", 30, "step-000000030.safetensors"),
     ],
 )
 def test_stopped_in_any_stage_it_goes_on_to_the_same_bits(
@@ -129,23 +137,23 @@ def test_stopped_in_any_stage_it_goes_on_to_the_same_bits(
     assert not (folder / "checkpoint" / aside).exists()
     assert bits(folder) == bits(whole)
     log = [(row["seed"], row["step"]) for row in read_log(folder)]
-    assert log == [("0", "1500"), ("1", "1500"), ("0", "3000"), ("1", "3000")]
+    assert log == [("0", "20"), ("1", "20"), ("0", "40"), ("1", "40")]
 
 
 def test_where_a_signal_stopped_it_a_run_can_end(
     stop_at, capsys, tmp_path, arrays_file, monkeypatch
 ):
-    stop_at("TD3-BST", 1000)
-    decay = ["--actor-decay-updates", "3000"]
+    stop_at("TD3-BST", 10)
+    decay = ["--actor-decay-updates", "40"]
     with pytest.raises(Stopped):
         td3_bst.main([*args_of(arrays_file, tmp_path), *decay])
     monkeypatch.undo()
     (folder,) = tmp_path.iterdir()
-    td3_bst.main(["--resume", str(folder), "--num-updates", "1000"])
-    assert [row["step"] for row in read_log(folder)] == ["1000", "1000"]
+    td3_bst.main(["--resume", str(folder), "--num-updates", "10"])
+    assert [row["step"] for row in read_log(folder)] == ["10", "10"]
     for row in read_log(folder):
         assert np.isfinite([float(row["q"]), float(row["omega"])]).all()
-    assert json.loads((folder / "result.json").read_text())["step"] == 1000
+    assert json.loads((folder / "result.json").read_text())["step"] == 10
     assert (folder / "curves.png").exists()
 
 
