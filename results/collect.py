@@ -1,12 +1,17 @@
-"""Makes two datasets that no default was chosen on, by training TD3 in an environment.
+"""Makes datasets that no default was chosen on.
 
     uv run results/collect.py Walker2d-v5
+    uv run results/collect.py PointMaze_Medium-v3
 
-`held/mujoco/walker2d/medium-replay-v0` is every step of that training, the first 10,000
-of them random; `held/mujoco/walker2d/medium-v0` is what its last policy does with noise
-on its actions. Both are Minari datasets, in the folder that Minari uses
-(MINARI_DATASETS_PATH). The same command makes the same ones on the same machine: it
-keeps to one core, where it takes some 20 minutes, because several round otherwise.
+By training TD3: `held/mujoco/walker2d/medium-replay-v0` is every step of that training,
+the first 10,000 of them random; `held/mujoco/walker2d/medium-v0` is what its last
+policy does with noise on its actions. In a PointMaze, `held/pointmaze/medium-v0`, by a
+controller that drives from goal to goal as that of D4RL's sets does: PD towards the
+next cell's centre, a third of its forces on the box's faces.
+
+All are Minari datasets, in the folder that Minari uses (MINARI_DATASETS_PATH). The same
+command makes the same ones on the same machine: it keeps to one core, where TD3 takes
+some 20 minutes, because several round otherwise.
 """
 
 import os
@@ -15,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import jax
@@ -32,6 +37,7 @@ if __name__ == "__main__":  # a script finds its neighbours through the reposito
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import td3_bc
+from common import maze, tasks
 from common.errors import UserError
 from common.rollout import layers_of
 from common.run import guarded
@@ -42,6 +48,8 @@ CHUNK = 100  # steps, and then as many updates
 # TD3+BC with so much of Q that the distance to "the data" counts for nothing: TD3.
 CONFIG = td3_bc.resolve(td3_bc.Config(), "locomotion")
 ALPHA = 1e6
+GAINS = (10.0, 1.0)  # of the maze's controller: force per m, per m/s
+NEAR = 0.1  # m; a cell's centre is reached
 
 Layers = tuple[tuple[np.ndarray, np.ndarray], ...]  # (weight (in, out), bias (out,))
 
@@ -52,8 +60,8 @@ class Options:
 
     env: tyro.conf.Positional[str]  # Gymnasium's name; its actions lie in [-1, 1]
     num_steps: int = 250_000  # of the training, and of the replay
-    num_medium: int = 200_000  # steps of the last policy; its last episode ends after
-    noise: float = 0.2  # std of the noise on its actions
+    num_medium: int = 200_000  # of the last policy, or of the maze's controller
+    noise: float | None = None  # std on their actions; unset: 0.2, in a maze 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,7 +72,7 @@ class Options:
             )
         if self.num_medium < 1:
             raise ValueError(f"num_medium must be above 0, got {self.num_medium}")
-        if not 0 <= self.noise < float("inf"):
+        if self.noise is not None and not 0 <= self.noise < float("inf"):
             raise ValueError(f"noise must not be negative, got {self.noise}")
 
 
@@ -165,10 +173,11 @@ def step(env: gym.Env, obs: np.ndarray, action: np.ndarray) -> Step:
 def roll_out(env: gym.Env, layers: Layers, options: Options) -> list[Step]:
     """The policy with noise, whole episodes until `num_medium` steps are there."""
     rng, steps = np.random.default_rng(options.seed + 1), []
+    sd = 0.2 if options.noise is None else options.noise
     while len(steps) < options.num_medium:
         obs, _ = env.reset(seed=int(rng.integers(1 << 30)))
         while True:
-            noise = options.noise * rng.normal(size=env.action_space.shape)
+            noise = sd * rng.normal(size=env.action_space.shape)
             steps.append(step(env, obs, act(layers, obs) + noise))
             obs = steps[-1].next_obs
             if steps[-1].terminal or steps[-1].cut:
@@ -191,6 +200,68 @@ def episodes(steps: Sequence[Step]) -> Iterator[EpisodeBuffer]:
                 truncations=[s.cut or (s is steps[-1] and not s.terminal) for s in own],
             )
             own = []
+
+
+# =========================================================================== A maze
+
+
+def to_goal(planner: maze.Planner, xy: np.ndarray, goal: np.ndarray) -> list[Any]:
+    """The points to drive to: centres of the cells between, then the goal."""
+    cell, last = planner.cell(xy), planner.cell(goal)
+    steps = maze.count_steps(planner.maze.maze_map, last)
+    cells = []
+    while cell != last:
+        cell = min(maze.neighbours(cell), key=lambda c: steps.get(c, 1000))
+        cells.append(cell)
+    centres = [planner.maze.cell_rowcol_to_xy(np.array(cell)) for cell in cells]
+    return [*centres[:-1], goal]
+
+
+def drives(env: gym.Env, options: Options) -> Iterator[EpisodeBuffer]:
+    """One drive after the other, each an episode that is cut where its goal is reached.
+
+    As in D4RL's sets the environment then moves the goal and goes on; the last drive is
+    cut where `num_medium` steps are there.
+    """
+    planner = maze.Planner(env.get_wrapper_attr("maze"))
+    rng, left = np.random.default_rng(options.seed), options.num_medium
+    sd = 0.5 if options.noise is None else options.noise
+    obs, _ = env.reset(seed=options.seed)
+    while left:
+        seen, actions, rewards = [obs], [], []
+        ahead = to_goal(planner, obs["achieved_goal"], env.get_wrapper_attr("goal"))
+        while left and not any(rewards):
+            xy, velocity = obs["achieved_goal"], obs["observation"][2:]
+            while len(ahead) > 1 and np.linalg.norm(ahead[0] - xy) < NEAR:
+                del ahead[0]
+            force = np.clip(GAINS[0] * (ahead[0] - xy) - GAINS[1] * velocity, -1, 1)
+            noisy = np.clip(force + sd * rng.normal(size=2), -1, 1)
+            obs, reward, *_ = env.step(noisy.astype(np.float32))
+            seen.append(obs)
+            actions.append(noisy.astype(np.float32))
+            rewards.append(float(reward))
+            left -= 1
+        yield EpisodeBuffer(
+            observations={key: np.stack([o[key] for o in seen]) for key in obs},
+            actions=np.stack(actions),  # pyright: ignore[reportArgumentType]
+            rewards=rewards,
+            terminations=[False] * len(actions),
+            truncations=[False] * (len(actions) - 1) + [True],
+        )
+
+
+def collect_maze(options: Options, dataset_id: str) -> None:
+    """Drives, and writes; policies are evaluated by the environment as registered."""
+    try:
+        spec = tasks.find_spec(options.env)
+    except gym.error.Error as error:
+        raise UserError(f"no environment {options.env}: {error}") from None
+    if not tasks.is_sparse_maze(spec):
+        raise UserError(f"{options.env} rewards other steps than those at the goal")
+    about = {"continuing_task": True, "reset_target": True, "max_episode_steps": 10**6}
+    env = gym.make(spec, disable_env_checker=True, **about)
+    made = list(drives(env, options))
+    write(dataset_id, env, made, gym.make(spec, disable_env_checker=True), "controller")
 
 
 # ============================================================================= Main
@@ -217,21 +288,27 @@ def make_env(name: str) -> gym.Env:
     return env
 
 
-def write(dataset_id: str, env: gym.Env, steps: Sequence[Step]) -> None:
+def write(
+    dataset_id: str,
+    env: gym.Env,
+    buffers: list[EpisodeBuffer],
+    eval_env: gym.Env,
+    algorithm: str,
+) -> None:
     """The dataset, and a line about it."""
-    made = minari.create_dataset_from_buffers(
+    minari.create_dataset_from_buffers(
         dataset_id,
-        list(episodes(steps)),
+        buffers,
         env=env,
-        eval_env=env,
-        algorithm_name="TD3",
+        eval_env=eval_env,
+        algorithm_name=algorithm,
         author="td3-bst",
         author_email="none",
         code_permalink="results/collect.py",
         description=__doc__,
     )
-    mean = sum(one.reward for one in steps) / made.total_episodes
-    print(f"{dataset_id}: {made.total_episodes} episodes, mean return {mean:.1f}")
+    mean = sum(sum(one.rewards) for one in buffers) / len(buffers)
+    print(f"{dataset_id}: {len(buffers)} episodes, mean return {mean:.1f}")
 
 
 def keep_to_one_core() -> None:
@@ -243,15 +320,23 @@ def keep_to_one_core() -> None:
 def main() -> None:
     options = tyro.cli(Options, description=(__doc__ or "").split("\n\n")[0])
     agent = options.env.rsplit("/")[-1].rsplit("-v")[0].lower()
-    ids = [f"held/mujoco/{agent}/{kind}-v0" for kind in ("medium-replay", "medium")]
+    is_maze = agent.startswith("pointmaze_")
+    kinds = [f"mujoco/{agent}/{kind}" for kind in ("medium-replay", "medium")]
+    if is_maze:
+        kinds = [agent.replace("_", "/")]
+    ids = [f"held/{kind}-v0" for kind in kinds]
     for dataset_id in ids:
         if (path := get_dataset_path(dataset_id)).exists():
             raise UserError(f"{path} is there already; remove it to make it again")
+    if is_maze:
+        collect_maze(options, ids[0])
+        return
     env = make_env(options.env)
     keep_to_one_core()
     replay, layers = explore(env, options)
-    write(ids[0], env, replay)
-    write(ids[1], env, roll_out(env, layers, options))
+    write(ids[0], env, list(episodes(replay)), env, "TD3")
+    medium = roll_out(env, layers, options)
+    write(ids[1], env, list(episodes(medium)), env, "TD3")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Datasets made by training TD3: whole, in order, the same again."""
+"""Datasets made for a trial: whole, in order, the same again."""
 
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import td3_bc
+from common import datasets
 from common.errors import UserError
 from results import collect
 from results.collect import Step
@@ -107,10 +109,40 @@ def test_both_datasets_are_whole_and_the_same_again(home, monkeypatch, capsys):
         collect.main()
 
 
+def test_drives_through_a_maze_end_at_their_goals(home, monkeypatch):
+    args = ["collect.py", "PointMaze_UMaze-v3", "--num-medium", "400"]
+    monkeypatch.setattr(sys, "argv", args)
+    made = []
+    for folder in ("a", "b"):
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(home / folder))
+        collect.main()
+        stored = minari.load_dataset("held/pointmaze/umaze-v0")
+        made.append(list(stored.iterate_episodes()))
+    assert sum(map(len, made[0])) == 400
+    assert len(made[0]) > 2
+    ends = [episode.rewards.sum() for episode in made[0]]
+    assert set(ends[:-1]) == {1.0}
+    for first, second in zip(made[0], made[1], strict=True):
+        np.testing.assert_array_equal(first.actions, second.actions)
+    for before, after in pairwise(made[0]):  # it goes on where it is
+        places = [x.observations["achieved_goal"] for x in (before, after)]
+        np.testing.assert_array_equal(places[0][-1], places[1][0])
+        goal = before.observations["desired_goal"][-1]
+        assert np.linalg.norm(places[0][-1] - goal) <= 0.45
+    data = datasets.load("held/pointmaze/umaze-v0")
+    assert data.domain == "pointmaze"
+    assert data.task is not None
+    assert data.terminal.sum() == sum(ends)
+    with pytest.raises(UserError, match="is there already"):
+        collect.main()
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["Nothing-v0"], "no environment Nothing-v0"),
+        (["PointMaze_Nothing-v3"], "no environment PointMaze_Nothing-v3"),
+        (["PointMaze_MediumDense-v3"], "rewards other steps than those at the goal"),
         (["InvertedPendulum-v5"], r"actions in \[-1, 1\], got .*Box\(-3.0, 3.0"),
         (["Hopper-v5", "--num-steps", "10050"], "multiple of 100 above 10000"),
         (["Hopper-v5", "--num-steps", "10000"], "multiple of 100 above 10000"),
