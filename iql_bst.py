@@ -55,7 +55,7 @@ class Config:
     floor: float | None = None  # bst: omega where M is 1; unset: by domain
     omega_cap: float = 10.0  # bst: largest omega, less the floor; 0: none
     scale: float | None = None  # bst: lam, the Morse kernel's scale; unset: dim(A) / 2
-    supervisor_gradient: bool = True  # bst: differentiate through omega as well
+    supervisor_gradient: bool | None = None  # bst: also through omega; unset: by domain
     q_weight: float = 1.0  # bst: of Q / Z_Q; dim(A): the distance as a mean
     actor_critics: int = 1  # bst: 1: Q_1 for the actor; 2: the smaller Q of both
     discount: float | None = None  # gamma, per step; unset: by domain
@@ -109,6 +109,7 @@ LOCOMOTION = {
     "beta": 3.0,
     "mu": 0.1,
     "floor": 0.1,
+    "supervisor_gradient": True,
     "discount": 0.99,
     "reward_scale": 1.0,
     "reward_shift": 0.0,

@@ -49,7 +49,7 @@ class Config:
     floor: float | None = None  # omega where M is 1; unset: by domain
     omega_cap: float = 10.0  # largest omega, less the floor; 0: none
     scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
-    supervisor_gradient: bool = True  # differentiate through omega as well
+    supervisor_gradient: bool | None = None  # also through omega; unset: by domain
     q_weight: float | None = None  # w, of Q / Z_Q; unset: by domain and spread
     obs_noise: float | None = None  # std, see `noisy`; unset: 0, or for falls
     actor_critics: int = 1  # 1: Q_1 for the actor; 2: the smaller Q of both
@@ -102,6 +102,7 @@ class Config:
 LOCOMOTION = {
     "mu": 0.1,
     "floor": 0.1,
+    "supervisor_gradient": True,
     "discount": 0.99,
     "reward_scale": 1.0,
     "reward_shift": 0.0,
@@ -113,7 +114,13 @@ LOCOMOTION = {
     "hidden_dims": (256, 256),
     "actor_learning_rate": 3e-4,
 }
-POINTMAZE = {"mu": 0.3, "floor": 0.0, "discount": 0.98, "reward_scale": 10.0}
+POINTMAZE = {
+    "mu": 0.3,
+    "floor": 0.0,
+    "supervisor_gradient": False,
+    "discount": 0.98,
+    "reward_scale": 10.0,
+}
 DEEPER = {"hidden_dims": (256, 256, 256), "actor_learning_rate": 1e-3}
 ANTMAZE = {"floor": 20.0, "discount": 0.998, "reward_scale": 100.0} | DEEPER
 MAZE = {"q_weight": 1.0, "polyak": 0.01, "critic_layer_norm": True}

@@ -75,18 +75,11 @@ def method_of(algorithm: str, options: Mapping[str, str]) -> str:
     return method if fraction == 1 else f"{100 * fraction:g}%{method}"
 
 
-FLAGS = {"supervisor_gradient"}  # not to be left unset, so they take no value
-
-
 def arguments(options: Mapping[str, str]) -> list[str]:
     """The options as words of a command line."""
     words = []
     for name, value in options.items():
-        option = name.replace("_", "-")
-        if name in FLAGS:
-            words.append(f"--{'' if value == 'True' else 'no-'}{option}")
-        else:
-            words += [f"--{option}", *value.split(",")]
+        words += [f"--{name.replace('_', '-')}", *value.split(",")]
     return words
 
 

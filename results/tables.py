@@ -47,6 +47,7 @@ BEFORE = {  # of the sweep over lam
     "omega_cap",
     "polyak",
     "q_weight",
+    "supervisor_gradient",
 }
 NOISE = {  # half the spread of the data's actions
     "standin/mujoco/hopper/medium-v0": "0.119",

@@ -16,6 +16,7 @@ OBS_DIM, ACTION_DIM = 3, 2  # of everything random below
 SMALL = Config(
     mu=0.5,
     scale=1.0,
+    supervisor_gradient=True,
     q_weight=1.0,
     discount=0.9,
     reward_scale=1.0,

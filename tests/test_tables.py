@@ -168,9 +168,11 @@ def test_the_factor_study_is_known_by_its_own_options():
     short = row("TD3-BST", HOPPER, 0, 7.0, 20_000, **shared | {"num_morse_updates": 7})
     (labels,) = tables.by_variant(tables.runs_of([short]), 20_000).values()
     assert list(labels) == ["num_morse_updates=7"]
-    # The maze's defaults are the study's point, locomotion's are not.
+    # The defaults are not the study's point.
     brief: Any = {"num_morse_updates": 8000}
-    rows += [row("TD3-BST", tables.EMBEDDED, 0, 40.0, 20_000, **brief)]
+    maze: Any = dict(sweeps.TABLES["bst-factors-maze"].further)
+    rows += [row("TD3-BST", tables.EMBEDDED, 0, 40.0, 20_000, **maze)]
+    rows += [row("TD3-BST", tables.EMBEDDED, 0, 92.0, 20_000, **brief)]
     rows += [row("TD3-BST", HOPPER, 0, 91.0, 20_000, **brief)]
     rows += [row("TD3-BST", HOPPER, 0, 90.0, 20_000), row("BC", HOPPER, 0, 5.0)]
     found = tables.factor_rows(rows)

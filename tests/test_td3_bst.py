@@ -178,6 +178,7 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
     deep = domain == "antmaze"  # where a cloned policy needs it as well
     assert config.hidden_dims == (256,) * (3 if deep else 2)
     assert config.actor_learning_rate == (1e-3 if deep else 3e-4)
+    assert config.supervisor_gradient is (domain != "pointmaze")
     assert not {None, ()} & {*vars(config).values()}
     assert config.batch_size == 7
 
@@ -189,6 +190,7 @@ def test_resolve_keeps_what_is_set(domain: str):
         mu=0.3,
         floor=0.0,
         scale=4.0,
+        supervisor_gradient=False,
         q_weight=0.0,
         obs_noise=0.0,
         discount=0.0,
