@@ -4,7 +4,7 @@ uv run results/figures.py    draw those of results/runs.csv into results/figures
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,7 @@ def learning_curves(
     path: Path,
     rows: Sequence[Row],
     value: str = "score",
-    step: int | None = None,
-    shorter: Mapping[str, int] | None = None,
+    updates_on: Callable[[str], int] | None = None,
 ) -> None:
     """Draws every method's mean ± sd over seeds against updates, a panel per dataset.
 
@@ -50,14 +49,13 @@ def learning_curves(
         rows: of results, all evaluations; runs that are no plain method are left out.
         value: the column; on the embedded maze, whose score is 100 soon, a score gives
             way to the steps to the goal.
-        step: the runs' number of updates; if not given, each dataset's largest.
-        shorter: another number for some datasets.
+        updates_on: a dataset's number of updates; if not given, its runs' largest.
     """
     runs = [run for run in tables.runs_of(rows) if tables.is_plain(run)]
     panels = {}
     for dataset in sorted({run.dataset for run in runs if run.method != "data"}):
         own = [run for run in runs if run.dataset == dataset]
-        updates = (shorter or {}).get(dataset, step or tables.largest_step(own))
+        updates = updates_on(dataset) if updates_on else tables.largest_step(own)
         by_method = {
             method: tables.chosen(own, method, dataset, updates)
             for method in tables.METHODS
@@ -285,8 +283,8 @@ def main(root: Path = store.ROOT) -> None:
     folder = root / "results" / "figures"
     quick = [row for row in rows if row["dataset"] == EMBEDDED]
     updates = sweeps.TABLES["quick"].num_updates
-    learning_curves(folder / "quick.png", quick, step=updates)
-    learning_curves(folder / "standins.png", rows, step=100_000, shorter=tables.SHORTER)
+    learning_curves(folder / "quick.png", quick, updates_on=lambda _: updates)
+    learning_curves(folder / "standins.png", rows, updates_on=tables.updates_on)
     ablation(folder / "ablation-scale.png", rows)
     updates = sweeps.TABLES["bst-factors"].num_updates
     factors(folder / "bst-factors.png", tables.factor_rows(rows), updates)

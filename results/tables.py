@@ -381,7 +381,7 @@ def score_table(
     step: int,
     methods: Sequence[str] = METHODS,
 ) -> str:
-    """Scores after `step` updates, a line per dataset; two of the embedded maze."""
+    """Scores after `step` updates, a line per dataset; two of a PointMaze."""
     lines = score_lines(runs_of(rows), datasets, step, methods)
     return markdown(["dataset", *methods], lines)
 
@@ -390,10 +390,14 @@ def score_lines(
     runs: Sequence[Run], datasets: Sequence[str], step: int, methods: Sequence[str]
 ) -> list[list[str]]:
     """A line's label and a cell per method, see `score_table`."""
-    lines = [(name, name, "score") for name in datasets if name != EMBEDDED]
-    if EMBEDDED in datasets:
-        lines.append((EMBEDDED, "embedded maze, success %", "score"))
-        lines.append((EMBEDDED, "embedded maze, steps", "length"))
+    lines = []
+    for name in datasets:
+        if "pointmaze" in name:
+            label = "embedded maze" if name == EMBEDDED else name
+            lines.append((name, f"{label}, success %", "score"))
+            lines.append((name, f"{label}, steps", "length"))
+        else:
+            lines.append((name, name, "score"))
     return [
         [label, *(spread(chosen(runs, m, name, step), column) for m in methods)]
         for name, label, column in lines
@@ -406,14 +410,17 @@ def standins(rows: Iterable[Row]) -> list[str]:
     return sorted({r["dataset"] for r in rows if r["dataset"].startswith(own)})
 
 
-SHORTER = {"standin/D4RL/antmaze/umaze-v1": 60_000, EMBEDDED: 20_000}  # updates
+def updates_on(dataset: str) -> int:
+    """How long the runs of `standin_table` are."""
+    shorter = {"antmaze": 60_000, "pointmaze": 20_000}
+    return shorter.get(sweeps.domain_of(dataset), 100_000)
 
 
-def standin_table(rows: Sequence[Row], step: int = 100_000) -> str:
-    """Scores on the stand-ins and the embedded maze after `step` updates or fewer."""
+def standin_table(rows: Sequence[Row]) -> str:
+    """Scores on the stand-ins and the embedded maze after `updates_on` them."""
     runs, lines = runs_of(rows), []
     for name in (*standins(rows), EMBEDDED):
-        updates = SHORTER.get(name, step)
+        updates = updates_on(name)
         for label, *cells in score_lines(runs, [name], updates, METHODS):
             lines.append([label, f"{updates:,}", *cells])
     return markdown(["dataset", "updates", *METHODS], lines)
