@@ -116,7 +116,6 @@ LOCOMOTION = {
 }
 POINTMAZE = {
     "mu": 0.3,
-    "floor": 0.0,
     "supervisor_gradient": False,
     "discount": 0.98,
     "reward_scale": 10.0,
@@ -124,6 +123,7 @@ POINTMAZE = {
 DEEPER = {"hidden_dims": (256, 256, 256), "actor_learning_rate": 1e-3}
 ANTMAZE = {"floor": 20.0, "discount": 0.998, "reward_scale": 100.0} | DEEPER
 MAZE = {"q_weight": 1.0, "polyak": 0.01, "critic_layer_norm": True}
+FLOOR_PER_SPREAD = 5.0  # PointMaze: floor over the spread of the actions, ^4
 Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
 LARGEST_Q_WEIGHT = 25.0  # that a spread may ask for
 NOISE_PER_SPREAD = 0.5  # where agents fall: obs_noise over the spread of the actions
@@ -174,8 +174,9 @@ def resolve(
 ) -> Config:
     """Returns `config` with every unset option at its domain's value.
 
-    In locomotion w follows the spread of the data's actions. Where agents fall, which
-    is what ends an episode there, critics learn the data's returns, to its end, and the
+    The spread of the data's actions decides w in locomotion, and in PointMaze the floor:
+    the wider they are, the less certainty tells apart. Where agents fall, which is what
+    ends an episode in locomotion, critics learn the data's returns, to its end, and the
     actor is shown states with noise; it stands still after LOCOMOTION_UPDATES, because
     following such critics for longer wears it down.
 
@@ -189,11 +190,15 @@ def resolve(
     if falls:
         defaults["n_step"] = 1000  # to the episode's end
         defaults["actor_decay_updates"] = min(num_updates, LOCOMOTION_UPDATES)
-    if "q_weight" not in defaults and None in (config.q_weight, config.obs_noise):
+    decides = {"pointmaze": ("floor",), "antmaze": ()}  # the spread, what
+    names = decides.get(domain, ("q_weight", "obs_noise"))
+    if any(getattr(config, name) is None for name in names):
         spread = action_spread(np.asarray(data.obs), np.asarray(data.action))
-        defaults["q_weight"] = min(Q_PER_SPREAD * spread**4, LARGEST_Q_WEIGHT)
-        if falls:
-            defaults["obs_noise"] = NOISE_PER_SPREAD * spread
+        if domain == "pointmaze":
+            defaults["floor"] = FLOOR_PER_SPREAD * spread**4
+        else:
+            defaults["q_weight"] = min(Q_PER_SPREAD * spread**4, LARGEST_Q_WEIGHT)
+            defaults["obs_noise"] = NOISE_PER_SPREAD * spread if falls else 0.0
     unset = {k: v for k, v in defaults.items() if getattr(config, k) in (None, ())}
     return dataclasses.replace(config, **unset)
 

@@ -172,9 +172,12 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
     assert config.actor_decay_updates == 1000
     long = td3_bst.resolve(Config(), domain, logged(SPREAD, terminal), 300_000)
     assert long.actor_decay_updates == (100_000 if falls else 300_000)
-    for name, value in td3_bst.DEFAULTS[domain].items():
-        if name not in ("n_step", "obs_noise"):
-            assert getattr(config, name) == value
+    follows = {"n_step", "obs_noise"} | ({"floor"} if domain == "pointmaze" else set())
+    for name in td3_bst.DEFAULTS[domain].keys() - follows:
+        assert getattr(config, name) == td3_bst.DEFAULTS[domain][name]
+    if domain == "pointmaze":
+        assert config.floor == pytest.approx(5 * 0.2**4)
+        assert wide.floor == pytest.approx(5 * 0.4**4)
     deep = domain == "antmaze"  # where a cloned policy needs it as well
     assert config.hidden_dims == (256,) * (3 if deep else 2)
     assert config.actor_learning_rate == (1e-3 if deep else 3e-4)
