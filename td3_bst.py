@@ -46,7 +46,7 @@ class Config:
     """TD3-BST's options. Unset ones (None, ()): the domain's value, DEFAULTS."""
 
     mu: float | None = None  # mu, temperature of the weight; unset: by domain
-    floor: float | None = None  # omega where M is 1; unset: by domain
+    floor: float | None = None  # omega where M is 1; unset: by domain and spread
     omega_cap: float = 10.0  # largest omega, less the floor; 0: none
     scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
     supervisor_gradient: bool | None = None  # also through omega; unset: by domain
@@ -174,7 +174,7 @@ def resolve(
 ) -> Config:
     """Returns `config` with every unset option at its domain's value.
 
-    The spread of the data's actions decides w in locomotion, and in PointMaze the floor:
+    The spread of the data's actions decides w in locomotion and the floor in PointMaze:
     the wider they are, the less certainty tells apart. Where agents fall, which is what
     ends an episode in locomotion, critics learn the data's returns, to its end, and the
     actor is shown states with noise; it stands still after LOCOMOTION_UPDATES, because

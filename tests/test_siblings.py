@@ -7,12 +7,12 @@ ROOT = Path(__file__).parent.parent
 # Same-named definitions that may differ from td3_bst.py's, and why.
 TD3_BC = {
     "Config": "alpha instead of mu, scale and the Morse network",
-    "LOCOMOTION": "mu and floor; the targets' step and their rewards, TD3+BC's own",
-    "POINTMAZE": "mu and floor",
+    "LOCOMOTION": "mu, floor and omega's gradient; the targets' step and their rewards, TD3+BC's own",
+    "POINTMAZE": "mu and the gradient through omega",
     "ANTMAZE": "floor",
     "TRACED": "alpha",
     "MAZE": "the weight of Q and the noise",
-    "resolve": "the defaults of scale, decay, the weight of Q and the noise",
+    "resolve": "the defaults of scale, decay, floor, the weight of Q and the noise",
     "actor_loss": "the objective",
     "update_actor": "hands alpha on, not the supervisor",
     "update": "hands alpha on, not the supervisor",
@@ -42,6 +42,7 @@ IQL_BST = {
 }
 ONLY_BST = {"Supervisor", "supervisor", "action_spread"}
 ONLY_BST |= {"LARGEST_Q_WEIGHT", "Q_PER_SPREAD", "NOISE_PER_SPREAD"}
+ONLY_BST |= {"FLOOR_PER_SPREAD"}
 ONLY_BST |= {"LOCOMOTION_UPDATES"}
 NOT_IQL = {"n_step", "noisy", "DEEPER"} | ONLY_BST - {"Supervisor", "supervisor"}
 ONLY_IQL = {
