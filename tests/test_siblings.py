@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 # Same-named definitions that may differ from td3_bst.py's, and why.
 TD3_BC = {
     "Config": "alpha instead of mu, scale and the Morse network",
-    "LOCOMOTION": "mu, floor and omega's gradient; the targets' step and their rewards, TD3+BC's own",
+    "LOCOMOTION": "omega's mu, floor and gradient; targets' step and rewards",
     "POINTMAZE": "mu and the gradient through omega",
     "ANTMAZE": "floor",
     "TRACED": "alpha",
