@@ -176,7 +176,7 @@ TABLES: dict[str, Sweep] = {
     ),
     "bst-factors-maze": FACTOR_STUDY(
         (EMBEDDED,),
-        set=("num_morse_updates=8000", "supervisor_gradient=True"),
+        set=("num_morse_updates=8000", "supervisor_gradient=True", "floor=0"),
         variants=(
             *FACTORS,
             "critic_layer_norm=False",
