@@ -59,7 +59,13 @@ IQL = iql_bst.Config(
     actor_decay_updates=10,
     **OPTIONS,
 )
-IQL_BST = dataclasses.replace(IQL, policy_step="bst", mu=0.5, actor_decay_updates=0)
+IQL_BST = dataclasses.replace(
+    IQL,
+    policy_step="bst",
+    mu=0.5,
+    supervisor_gradient=True,
+    actor_decay_updates=0,
+)
 
 
 def noisy(tree: Any, seed: int) -> Any:

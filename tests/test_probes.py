@@ -18,6 +18,7 @@ from td3_bst import Config, Params, Supervisor, Transition
 SEEDS = np.arange(4)
 NUM = 1000  # transitions in each dataset: one observation and one action wide
 PROBE = Config(
+    supervisor_gradient=True,
     mu=0.1,
     q_weight=1.0,
     obs_noise=0.0,
@@ -295,6 +296,7 @@ def random_bandit() -> Transition:
 # ================================================================================ IQL
 
 IQL = iql_bst.Config(
+    supervisor_gradient=True,
     beta=1.0,
     mu=0.5,
     discount=0.9,
