@@ -47,7 +47,7 @@ def learning_curves(
     Args:
         path: of the PNG.
         rows: of results, all evaluations; runs that are no plain method are left out.
-        value: the column; on the embedded maze, whose score is 100 soon, a score gives
+        value: the column; in a PointMaze, where the score is soon 100, a score gives
             way to the steps to the goal.
         updates_on: a dataset's number of updates; if not given, its runs' largest.
     """
