@@ -191,14 +191,14 @@ def resolve(
     if falls:
         defaults["n_step"] = 1000  # to the episode's end
         defaults["actor_decay_updates"] = min(num_updates, LOCOMOTION_UPDATES)
-    decides = {"locomotion": ("q_weight", "obs_noise"), "pointmaze": ("floor",)}
-    if any(getattr(config, name) is None for name in decides.get(domain, ())):
-        spread = action_spread(np.asarray(data.obs), np.asarray(data.action))
-        if domain == "pointmaze":
-            defaults["floor"] = FLOOR_PER_SPREAD * spread**4
-        else:
-            defaults["q_weight"] = min(Q_PER_SPREAD * spread**4, LARGEST_Q_WEIGHT)
-            defaults["obs_noise"] = NOISE_PER_SPREAD * spread if falls else 0.0
+    spread = partial(action_spread, np.asarray(data.obs), np.asarray(data.action))
+    if domain == "pointmaze" and config.floor is None:
+        defaults["floor"] = FLOOR_PER_SPREAD * spread() ** 4
+    if domain == "locomotion" and None in (config.q_weight, config.obs_noise):
+        sigma = spread()
+        defaults["q_weight"] = min(Q_PER_SPREAD * sigma**4, LARGEST_Q_WEIGHT)
+        if falls:
+            defaults["obs_noise"] = NOISE_PER_SPREAD * sigma
     unset = {k: v for k, v in defaults.items() if getattr(config, k) in (None, ())}
     return dataclasses.replace(config, **unset)
 

@@ -6,8 +6,8 @@
 By training TD3: `held/mujoco/walker2d/medium-replay-v0` is every step of that training,
 the first 10,000 of them random; `held/mujoco/walker2d/medium-v0` is what its last
 policy does with noise on its actions. In a PointMaze, `held/pointmaze/medium-v0`, by a
-controller that drives from goal to goal as that of D4RL's sets does: PD towards the
-next cell's centre, a third of its forces on the box's faces.
+controller that drives from goal to goal as that of D4RL's sets does (recalled): PD
+towards the next cell's centre, a third of its forces on the box's faces.
 
 All are Minari datasets, in the folder that Minari uses (MINARI_DATASETS_PATH). The same
 command makes the same ones on the same machine: it keeps to one core, where TD3 takes
@@ -79,10 +79,10 @@ class Options:
 class Step(NamedTuple):
     """One step in the environment."""
 
-    obs: np.ndarray  # (S,)
+    obs: Any  # (S,), in a maze a dict of such
     action: np.ndarray  # (A,) in [-1, 1]
     reward: float
-    next_obs: np.ndarray  # (S,)
+    next_obs: Any  # as `obs`
     terminal: bool
     cut: bool  # by the clock
 
@@ -163,7 +163,7 @@ def explore(env: gym.Env, options: Options) -> tuple[list[Step], Layers]:
 # ======================================================================== Roll-outs
 
 
-def step(env: gym.Env, obs: np.ndarray, action: np.ndarray) -> Step:
+def step(env: gym.Env, obs: Any, action: np.ndarray) -> Step:
     """One step; the action is clipped to the box, as float32."""
     action = np.clip(action, -1, 1).astype(np.float32)
     next_obs, reward, terminal, cut, _ = env.step(action)
@@ -191,9 +191,9 @@ def episodes(steps: Sequence[Step]) -> Iterator[EpisodeBuffer]:
     for one in steps:
         own.append(one)
         if one.terminal or one.cut or one is steps[-1]:
-            obs = np.stack([*(s.obs for s in own), one.next_obs])
+            seen = (*(s.obs for s in own), one.next_obs)
             yield EpisodeBuffer(
-                observations=obs,  # pyright: ignore[reportArgumentType]
+                observations=jax.tree.map(lambda *x: np.stack(x), *seen),
                 actions=np.stack([s.action for s in own]),  # pyright: ignore[reportArgumentType]
                 rewards=[s.reward for s in own],
                 terminations=[s.terminal for s in own],
@@ -208,71 +208,50 @@ def episodes(steps: Sequence[Step]) -> Iterator[EpisodeBuffer]:
 def to_goal(planner: maze.Planner, xy: np.ndarray, goal: np.ndarray) -> list[Any]:
     """The points to drive to: centres of the cells between, then the goal."""
     cell, last = planner.cell(xy), planner.cell(goal)
-    steps = maze.count_steps(planner.maze.maze_map, last)
-    cells = []
-    while cell != last:
-        cell = min(maze.neighbours(cell), key=lambda c: steps.get(c, 1000))
-        cells.append(cell)
-    centres = [planner.maze.cell_rowcol_to_xy(np.array(cell)) for cell in cells]
-    return [*centres[:-1], goal]
+    steps = maze.count_steps(planner.maze.maze_map, last)[cell]
+    centres = planner.path(cell, last)  # from this cell on, or the one behind it
+    return [*centres[len(centres) - steps : -1], goal]
 
 
-def drives(env: gym.Env, options: Options) -> Iterator[EpisodeBuffer]:
-    """One drive after the other, each an episode that is cut where its goal is reached.
+def drives(env: gym.Env, options: Options) -> list[Step]:
+    """Drives from goal to goal until `num_medium` steps are there; cut at each goal.
 
-    As in D4RL's sets the environment then moves the goal and goes on; the last drive is
-    cut where `num_medium` steps are there.
+    As in D4RL's sets (recalled) the environment then moves the goal and goes on.
     """
     planner = maze.Planner(env.get_wrapper_attr("maze"))
-    rng, left = np.random.default_rng(options.seed), options.num_medium
+    rng, steps = np.random.default_rng(options.seed), []
     sd = 0.5 if options.noise is None else options.noise
     obs, _ = env.reset(seed=options.seed)
-    while left:
-        seen, actions, rewards = [obs], [], []
-        ahead = to_goal(planner, obs["achieved_goal"], env.get_wrapper_attr("goal"))
-        while left and not any(rewards):
-            xy, velocity = obs["achieved_goal"], obs["observation"][2:]
-            while len(ahead) > 1 and np.linalg.norm(ahead[0] - xy) < NEAR:
-                del ahead[0]
-            force = np.clip(GAINS[0] * (ahead[0] - xy) - GAINS[1] * velocity, -1, 1)
-            noisy = np.clip(force + sd * rng.normal(size=2), -1, 1)
-            obs, reward, *_ = env.step(noisy.astype(np.float32))
-            seen.append(obs)
-            actions.append(noisy.astype(np.float32))
-            rewards.append(float(reward))
-            left -= 1
-        yield EpisodeBuffer(
-            observations={key: np.stack([o[key] for o in seen]) for key in obs},
-            actions=np.stack(actions),  # pyright: ignore[reportArgumentType]
-            rewards=rewards,
-            terminations=[False] * len(actions),
-            truncations=[False] * (len(actions) - 1) + [True],
-        )
-
-
-def collect_maze(options: Options, dataset_id: str) -> None:
-    """Drives, and writes; policies are evaluated by the environment as registered."""
-    try:
-        spec = tasks.find_spec(options.env)
-    except gym.error.Error as error:
-        raise UserError(f"no environment {options.env}: {error}") from None
-    if not tasks.is_sparse_maze(spec):
-        raise UserError(f"{options.env} rewards other steps than those at the goal")
-    about = {"continuing_task": True, "reset_target": True, "max_episode_steps": 10**6}
-    env = gym.make(spec, disable_env_checker=True, **about)
-    made = list(drives(env, options))
-    write(dataset_id, env, made, gym.make(spec, disable_env_checker=True), "controller")
+    ahead: list[Any] = []
+    while len(steps) < options.num_medium:
+        xy, velocity = obs["achieved_goal"], obs["observation"][2:]
+        ahead = ahead or to_goal(planner, xy, env.get_wrapper_attr("goal"))
+        while len(ahead) > 1 and np.linalg.norm(ahead[0] - xy) < NEAR:
+            del ahead[0]
+        force = np.clip(GAINS[0] * (ahead[0] - xy) - GAINS[1] * velocity, -1, 1)
+        one = step(env, obs, force + sd * rng.normal(size=2))
+        steps.append(one._replace(cut=one.reward > 0))
+        obs = one.next_obs
+        if one.reward > 0:
+            ahead = []
+    return steps
 
 
 # ============================================================================= Main
 
 
-def make_env(name: str) -> gym.Env:
-    """The environment; UserError if there is none or its actions are others."""
+def make(name: str, **options: Any) -> gym.Env:
+    """The environment; UserError if there is none."""
+    tasks.register()
     try:
-        env = gym.make(name)
+        return gym.make(name, **options)
     except gym.error.Error as error:
         raise UserError(f"no environment {name}: {error}") from None
+
+
+def make_env(name: str) -> gym.Env:
+    """The environment to train in; UserError if its spaces are others."""
+    env = make(name)
     obs, space = env.observation_space, env.action_space
     if not (
         isinstance(obs, Box)
@@ -291,24 +270,24 @@ def make_env(name: str) -> gym.Env:
 def write(
     dataset_id: str,
     env: gym.Env,
-    buffers: list[EpisodeBuffer],
-    eval_env: gym.Env,
-    algorithm: str,
+    steps: Sequence[Step],
+    algorithm: str = "TD3",
+    eval_env: gym.Env | None = None,
 ) -> None:
-    """The dataset, and a line about it."""
-    minari.create_dataset_from_buffers(
+    """The dataset, and a line about it; unless told, `env` evaluates as well."""
+    made = minari.create_dataset_from_buffers(
         dataset_id,
-        buffers,
+        list(episodes(steps)),
         env=env,
-        eval_env=eval_env,
+        eval_env=eval_env or env,
         algorithm_name=algorithm,
         author="td3-bst",
         author_email="none",
         code_permalink="results/collect.py",
         description=__doc__,
     )
-    mean = sum(sum(one.rewards) for one in buffers) / len(buffers)
-    print(f"{dataset_id}: {len(buffers)} episodes, mean return {mean:.1f}")
+    mean = sum(one.reward for one in steps) / made.total_episodes
+    print(f"{dataset_id}: {made.total_episodes} episodes, mean return {mean:.1f}")
 
 
 def keep_to_one_core() -> None:
@@ -317,14 +296,24 @@ def keep_to_one_core() -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
+def collect_maze(options: Options, dataset_id: str) -> None:
+    """Drives, and writes; policies are evaluated by the environment as registered."""
+    eval_env = make(options.env, disable_env_checker=True)
+    if not tasks.is_sparse_maze(tasks.find_spec(options.env)):
+        raise UserError(f"{options.env} rewards other steps than those at the goal")
+    about = {"continuing_task": True, "reset_target": True, "max_episode_steps": 10**6}
+    env = make(options.env, disable_env_checker=True, **about)
+    write(dataset_id, env, drives(env, options), "controller", eval_env)
+
+
 def main() -> None:
     options = tyro.cli(Options, description=(__doc__ or "").split("\n\n")[0])
     agent = options.env.rsplit("/")[-1].rsplit("-v")[0].lower()
     is_maze = agent.startswith("pointmaze_")
-    kinds = [f"mujoco/{agent}/{kind}" for kind in ("medium-replay", "medium")]
+    kinds = ("medium-replay", "medium")
+    ids = [f"held/mujoco/{agent}/{kind}-v0" for kind in kinds]
     if is_maze:
-        kinds = [agent.replace("_", "/")]
-    ids = [f"held/{kind}-v0" for kind in kinds]
+        ids = [f"held/{agent.replace('_', '/')}-v0"]
     for dataset_id in ids:
         if (path := get_dataset_path(dataset_id)).exists():
             raise UserError(f"{path} is there already; remove it to make it again")
@@ -334,9 +323,8 @@ def main() -> None:
     env = make_env(options.env)
     keep_to_one_core()
     replay, layers = explore(env, options)
-    write(ids[0], env, list(episodes(replay)), env, "TD3")
-    medium = roll_out(env, layers, options)
-    write(ids[1], env, list(episodes(medium)), env, "TD3")
+    write(ids[0], env, replay)
+    write(ids[1], env, roll_out(env, layers, options))
 
 
 if __name__ == "__main__":
