@@ -138,7 +138,6 @@ FACTORS = (  # what the factor study changes, on whichever dataset
     "obs_noise=0.1",
     "n_step=1000",
     "polyak=0.005",
-    "supervisor_gradient=False",
     "morse_net.negatives=uniform",
     "floor=0.5+morse_net.negatives=uniform",
     "mu=0.5",
@@ -150,6 +149,9 @@ FACTORS = (  # what the factor study changes, on whichever dataset
     "hidden_dims=256,256,256",
     "batch_size=512",
 )
+CONSTANTS = [  # omega is its floor in every state, so has no gradient to speak of
+    f"floor={c}+mu=1000+supervisor_gradient=True" for c in (0.014, 0.05, 0.15, 0.4)
+]
 FACTOR_STUDY = partial(
     Sweep, methods=("TD3-BST",), num_seeds=1, num_updates=20_000, eval_every=10_000
 )
@@ -169,6 +171,7 @@ TABLES: dict[str, Sweep] = {
         set=("num_morse_updates=8000", "n_step=1", "q_weight=1", "obs_noise=0"),
         variants=(
             *FACTORS,
+            "supervisor_gradient=False",
             "critic_layer_norm=True",
             "floor=0.5+q_weight=3",
             "n_step=1000+q_weight=0.2",
@@ -176,12 +179,14 @@ TABLES: dict[str, Sweep] = {
     ),
     "bst-factors-maze": FACTOR_STUDY(
         (EMBEDDED,),
-        set=("num_morse_updates=8000", "supervisor_gradient=True", "floor=0"),
         variants=(
             *FACTORS,
+            "floor=0",
+            "supervisor_gradient=True",
+            "floor=0+supervisor_gradient=True",
             "critic_layer_norm=False",
             "reward_shift=-1",
-            *(f"floor={c}+mu=1000" for c in (0.014, 0.05, 0.15, 0.4)),  # constant omega
+            *CONSTANTS,
         ),
     ),
     "ablation-scale": Sweep(

@@ -57,7 +57,8 @@ OMEGA = {  # TD3-BST's mean at the end
     "standin/mujoco/hopper/medium-v0": "0.8",
     "standin/mujoco/hopper/medium-replay-v0": "0.5",
 }
-CONSTANT = "+mu=1000"  # omega is its floor, see `by_variant` for the label
+CONSTANT = "+mu=1000+supervisor_gradient=True"  # omega is its floor, see `variant`
+THROUGH = "floor=0+supervisor_gradient=True"  # the defaults before 2026-11-27
 Part = tuple[str, str, dict[str, str | dict[str, str]]]  # label, method, options
 PARTS: tuple[Part, ...] = (  # from cloning to TD3-BST
     ("BC", "BC", {}),
@@ -208,27 +209,28 @@ def by_scale(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
     return groups
 
 
-def starting_point(dataset: str) -> dict[str, str]:
-    """What the tables `bst-factors` and `bst-factors-maze` set for all their runs."""
-    name = "bst-factors-maze" if "maze" in dataset else "bst-factors"
-    return dict(sweeps.TABLES[name].further)
+def factor_study(dataset: str) -> sweeps.Sweep:
+    """Which of `bst-factors` and `bst-factors-maze` a dataset's runs belong to."""
+    return sweeps.TABLES["bst-factors-maze" if "maze" in dataset else "bst-factors"]
+
+
+def variant(dataset: str, options: Mapping[str, str]) -> str:
+    """What a run changes; what the dataset's factor study sets for all is no change."""
+    point = dict(factor_study(dataset).further)
+    changed = sorted(options.items() - point.items())
+    unnamed = PLAIN - point.keys()
+    named = "+".join(f"{name}={x}" for name, x in changed if name not in unnamed)
+    return named or sweeps.PLAIN
 
 
 def by_variant(runs: Sequence[Run], step: int) -> dict[str, dict[str, list[Run]]]:
-    """By dataset and what is changed, TD3-BST's runs of `step` updates; plain first.
-
-    What the dataset's `starting_point` sets is no change.
-    """
+    """By dataset and `variant`, TD3-BST's runs of `step` updates; plain first."""
     groups: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         if run.method != "TD3-BST" or run.step != step or not is_finished(run):
             continue
-        point = starting_point(run.dataset)
-        changed = sorted(run.options.items() - point.items())
-        unnamed = PLAIN - point.keys()
-        label = "+".join(f"{name}={x}" for name, x in changed if name not in unnamed)
         own = groups.setdefault(run.dataset, {sweeps.PLAIN: []})
-        own.setdefault(label or sweeps.PLAIN, []).append(run)
+        own.setdefault(variant(run.dataset, run.options), []).append(run)
     return {
         dataset: {
             label: one_per_seed(own) for label, own in groups[dataset].items() if own
@@ -430,9 +432,12 @@ def factor_rows(rows: Sequence[Row]) -> list[Row]:
     """The rows of `bst-factors` and `bst-factors-maze`, and of other methods."""
 
     def belongs(row: Row) -> bool:
-        point, found = starting_point(row["dataset"]), store.options_of(row)
-        length = "num_morse_updates"  # what no run of the tables changes
-        return point.keys() <= found.keys() and found[length] == point[length]
+        study, found = factor_study(row["dataset"]), store.options_of(row)
+        at_point = dict(study.further).keys() <= found.keys()
+        if not (at_point and row["dataset"].endswith(study.datasets)):
+            return False
+        pretrained = found.get("num_morse_updates", "8000")  # so in all of the tables
+        return pretrained == "8000" and variant(row["dataset"], found) in study.variants
 
     return [row for row in rows if row["algorithm"] != "td3_bst" or belongs(row)]
 
@@ -539,7 +544,7 @@ def constants_table(rows: Sequence[Row]) -> str:
         f"omega = {label.removeprefix('floor=').removesuffix(CONSTANT)}": same
         for label, same in sorted(found.items())
         if label.endswith(CONSTANT)
-    } | {"TD3-BST, also through omega": found.get(sweeps.PLAIN, []), "TD3-BST": own}
+    } | {"TD3-BST, also through omega": found.get(THROUGH, []), "TD3-BST": own}
     lines = [
         [label, spread(runs, "score"), spread(runs, "length")]
         for label, runs in shown.items()

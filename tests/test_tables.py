@@ -161,25 +161,37 @@ def test_some_standins_have_shorter_runs():
 
 
 def test_the_factor_study_is_known_by_its_own_options():
-    shared: Any = dict(sweeps.TABLES["bst-factors"].further)
-    rows = [row("TD3-BST", HOPPER, 0, 10.0, 20_000, **shared)]
-    rows += [row("TD3-BST", HOPPER, 0, 20.0, 20_000, **shared, mu=1)]
-    rows += [row("TD3-BST", HOPPER, 0, 30.0, 20_000, **shared | {"q_weight": 3})]
-    short = row("TD3-BST", HOPPER, 0, 7.0, 20_000, **shared | {"num_morse_updates": 7})
+    cheetah = "standin/mujoco/halfcheetah/medium-v0"
+    point: Any = dict(sweeps.TABLES["bst-factors"].further)
+
+    def run(dataset: str, score: float, **options: Any) -> store.Row:
+        return row("TD3-BST", dataset, 0, score, 20_000, **options)
+
+    rows = [run(cheetah, 10.0, **point), run(cheetah, 20.0, **point, mu=0.5)]
+    rows += [run(cheetah, 30.0, **point | {"q_weight": 3})]
+    short = run(cheetah, 7.0, **point | {"num_morse_updates": 7})
     (labels,) = tables.by_variant(tables.runs_of([short]), 20_000).values()
     assert list(labels) == ["num_morse_updates=7"]
-    # The defaults are not the study's point.
     brief: Any = {"num_morse_updates": 8000}
-    maze: Any = dict(sweeps.TABLES["bst-factors-maze"].further)
-    rows += [row("TD3-BST", tables.EMBEDDED, 0, 40.0, 20_000, **maze)]
-    rows += [row("TD3-BST", tables.EMBEDDED, 0, 92.0, 20_000, **brief)]
-    rows += [row("TD3-BST", HOPPER, 0, 91.0, 20_000, **brief)]
-    rows += [row("TD3-BST", HOPPER, 0, 90.0, 20_000), row("BC", HOPPER, 0, 5.0)]
-    found = tables.factor_rows(rows)
-    assert [r["score"] for r in found] == ["10.0", "20.0", "30.0", "40.0", "5.0"]
+    rows += [run(tables.EMBEDDED, 40.0), run(tables.EMBEDDED, 50.0, **brief, floor=0)]
+    others = [short, run(cheetah, 91.0, **brief), run(cheetah, 92.0)]
+    others += [run(cheetah, 93.0, **point, mu=0.4), run(HOPPER, 94.0, **point)]
+    others += [run(tables.EMBEDDED, 95.0, num_morse_updates=2500)]
+    others += [run(tables.EMBEDDED, 96.0, **brief, floor=0, mu=0.5)]
+    others += [run("held/pointmaze/medium-v0", 97.0)]
+    others += [row("BC", HOPPER, 0, 5.0)]
+    found = tables.factor_rows([*rows, *others])
+    assert [r["score"] for r in found] == [
+        "10.0",
+        "20.0",
+        "30.0",
+        "40.0",
+        "50.0",
+        "5.0",
+    ]
     groups = tables.by_variant(tables.runs_of(found), 20_000)
-    assert list(groups[HOPPER]) == ["plain", "mu=1", "q_weight=3"]
-    assert list(groups[tables.EMBEDDED]) == ["plain"]
+    assert list(groups[cheetah]) == ["plain", "mu=0.5", "q_weight=3"]
+    assert list(groups[tables.EMBEDDED]) == ["plain", "floor=0"]
 
 
 def test_ablations_never_enter_a_method():
@@ -335,7 +347,7 @@ def test_parts_table_takes_each_datasets_own_noise():
 
 def test_constants_table_is_the_mazes_runs_without_a_supervisor():
     def run(score: float, length: float, **options: Any) -> store.Row:
-        point: Any = dict(sweeps.TABLES["bst-factors-maze"].further) | options
+        point: Any = {"supervisor_gradient": True, "floor": 0} | options
         return row("TD3-BST", tables.EMBEDDED, 0, score, 20_000, length=length, **point)
 
     rows = [run(98.0, 120), run(90.0, 130, mu=1000, floor=0.15)]
