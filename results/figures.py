@@ -137,7 +137,7 @@ def factors(path: Path, rows: Sequence[Row], step: int | None = None) -> None:
         ax.set_ylabel("")
         ax.set_yticks(range(len(labels)), [x.replace("+", " ") for x in labels])
         ax.set_ylim(len(labels) - 0.5, -0.5)
-        _legend(ax)
+        _legend(ax, 0.5 / height)
     _finish(figure, axes, len(panels), path)
 
 
@@ -270,10 +270,10 @@ def _count(value: float, _: int | None = None) -> str:
     return f"{value:g}"
 
 
-def _legend(ax: Axes) -> None:
-    """Below the panel, so that it covers no curve."""
+def _legend(ax: Axes, below: float = 0.2) -> None:
+    """Below the panel, by a share of its height, so that it covers no curve."""
     if ax.get_legend_handles_labels()[0]:
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -below)}
         ax.legend(**place, ncols=2, fontsize=7, frameon=False, columnspacing=1.2)
 
 
