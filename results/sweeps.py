@@ -149,6 +149,7 @@ FACTORS = (  # what the factor study changes, on whichever dataset
     "hidden_dims=256,256,256",
     "batch_size=512",
 )
+THROUGH = "floor=0+supervisor_gradient=True"  # the maze's defaults to 2026-11-26
 CONSTANTS = [  # omega is its floor in every state, so has no gradient to speak of
     f"floor={c}+mu=1000+supervisor_gradient=True" for c in (0.014, 0.05, 0.15, 0.4)
 ]
@@ -183,7 +184,7 @@ TABLES: dict[str, Sweep] = {
             *FACTORS,
             "floor=0",
             "supervisor_gradient=True",
-            "floor=0+supervisor_gradient=True",
+            THROUGH,
             "critic_layer_norm=False",
             "reward_shift=-1",
             *CONSTANTS,

@@ -57,8 +57,7 @@ OMEGA = {  # TD3-BST's mean at the end
     "standin/mujoco/hopper/medium-v0": "0.8",
     "standin/mujoco/hopper/medium-replay-v0": "0.5",
 }
-CONSTANT = "+mu=1000+supervisor_gradient=True"  # omega is its floor, see `variant`
-THROUGH = "floor=0+supervisor_gradient=True"  # the defaults before 2026-11-27
+PRETRAINED = {"num_morse_updates": "8000"}  # in both factor studies, named or not
 Part = tuple[str, str, dict[str, str | dict[str, str]]]  # label, method, options
 PARTS: tuple[Part, ...] = (  # from cloning to TD3-BST
     ("BC", "BC", {}),
@@ -216,7 +215,7 @@ def factor_study(dataset: str) -> sweeps.Sweep:
 
 def variant(dataset: str, options: Mapping[str, str]) -> str:
     """What a run changes; what the dataset's factor study sets for all is no change."""
-    point = dict(factor_study(dataset).further)
+    point = PRETRAINED | dict(factor_study(dataset).further)
     changed = sorted(options.items() - point.items())
     unnamed = PLAIN - point.keys()
     named = "+".join(f"{name}={x}" for name, x in changed if name not in unnamed)
@@ -434,10 +433,8 @@ def factor_rows(rows: Sequence[Row]) -> list[Row]:
     def belongs(row: Row) -> bool:
         study, found = factor_study(row["dataset"]), store.options_of(row)
         at_point = dict(study.further).keys() <= found.keys()
-        if not (at_point and row["dataset"].endswith(study.datasets)):
-            return False
-        pretrained = found.get("num_morse_updates", "8000")  # so in all of the tables
-        return pretrained == "8000" and variant(row["dataset"], found) in study.variants
+        own = at_point and row["dataset"].endswith(study.datasets)
+        return own and variant(row["dataset"], found) in study.variants
 
     return [row for row in rows if row["algorithm"] != "td3_bst" or belongs(row)]
 
@@ -541,10 +538,12 @@ def constants_table(rows: Sequence[Row]) -> str:
     found = by_variant(runs_of(factor_rows(rows)), step).get(EMBEDDED, {})
     own = chosen(runs_of(rows), "TD3-BST", EMBEDDED, step)
     shown = {
-        f"omega = {label.removeprefix('floor=').removesuffix(CONSTANT)}": same
-        for label, same in sorted(found.items())
-        if label.endswith(CONSTANT)
-    } | {"TD3-BST, also through omega": found.get(THROUGH, []), "TD3-BST": own}
+        f"omega = {sweeps.variant_options(label)['floor']}": found[label]
+        for label in sweeps.CONSTANTS
+        if label in found
+    }
+    shown["TD3-BST, also through omega"] = found.get(sweeps.THROUGH, [])
+    shown["TD3-BST"] = own
     lines = [
         [label, spread(runs, "score"), spread(runs, "length")]
         for label, runs in shown.items()

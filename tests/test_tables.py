@@ -181,14 +181,8 @@ def test_the_factor_study_is_known_by_its_own_options():
     others += [run("held/pointmaze/medium-v0", 97.0)]
     others += [row("BC", HOPPER, 0, 5.0)]
     found = tables.factor_rows([*rows, *others])
-    assert [r["score"] for r in found] == [
-        "10.0",
-        "20.0",
-        "30.0",
-        "40.0",
-        "50.0",
-        "5.0",
-    ]
+    scores = ["10.0", "20.0", "30.0", "40.0", "50.0", "5.0"]
+    assert [r["score"] for r in found] == scores
     groups = tables.by_variant(tables.runs_of(found), 20_000)
     assert list(groups[cheetah]) == ["plain", "mu=0.5", "q_weight=3"]
     assert list(groups[tables.EMBEDDED]) == ["plain", "floor=0"]
