@@ -49,7 +49,7 @@ class Config:
     floor: float | None = None  # omega where M is 1; unset: by domain and spread
     omega_cap: float = 10.0  # largest omega, less the floor; 0: none
     scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
-    supervisor_gradient: bool | None = None  # also through omega; unset: by domain
+    supervisor_gradient: bool | None = None  # also through omega; unset: as polyak
     q_weight: float | None = None  # w, of Q / Z_Q; unset: by domain and spread
     obs_noise: float | None = None  # std, see `noisy`; unset: 0, or for falls
     actor_critics: int = 1  # 1: Q_1 for the actor; 2: the smaller Q of both
@@ -57,7 +57,7 @@ class Config:
     reward_scale: float | None = None  # times the reward; unset: by domain
     reward_shift: float | None = None  # added after scaling; unset: by domain
     n_step: int | None = None  # rewards before Q'; unset: 1, or for falls
-    polyak: float | None = None  # tau, the targets' step; unset: by domain
+    polyak: float | None = None  # tau, the targets' step; unset: by domain and falls
     normalize_obs: bool | None = None  # standardise observations; unset: by domain
     critic_layer_norm: bool | None = None  # layer norm in critics; unset: by domain
     hidden_dims: tuple[int, ...] = ()  # widths of actor and critics; unset: by domain
@@ -126,7 +126,9 @@ MAZE = {"q_weight": 1.0, "polyak": 0.01, "critic_layer_norm": True}
 CAREFUL = {"q_weight": 1.0, "supervisor_gradient": False}  # where nobody can look
 FLOOR_PER_SPREAD = 5.0  # PointMaze: floor over the spread of the actions, ^4
 Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
-LARGEST_Q_WEIGHT = 25.0  # that a spread may ask for
+LARGEST_Q_WEIGHT = 100.0  # that a spread may ask for
+LARGEST_FOR_FALLS = 25.0  # the same where agents fall
+NO_FALLS = {"supervisor_gradient": False, "polyak": 0.005}  # locomotion without any
 NOISE_PER_SPREAD = 0.5  # where agents fall: obs_noise over the spread of the actions
 LOCOMOTION_UPDATES = 100_000  # a run's, unless told; where agents fall the actor's
 DEFAULTS = {  # from short experiments, results/bst_study.md
@@ -179,7 +181,8 @@ def resolve(
     the wider they are, the less certainty tells apart. Where agents fall, which is what
     ends an episode in locomotion, critics learn the data's returns, to its end, and the
     actor is shown states with noise; it stands still after LOCOMOTION_UPDATES, because
-    following such critics for longer wears it down.
+    following such critics for longer wears it down. Where nobody falls w may be larger,
+    targets are slow, and there is no gradient through omega.
 
     Args:
         data: as it was logged, in its order; numpy.
@@ -188,6 +191,8 @@ def resolve(
     defaults = DEFAULTS[domain] | {"scale": data.action.shape[1] / 2}
     defaults["actor_decay_updates"] = num_updates
     falls = domain == "locomotion" and bool(np.any(data.terminal))
+    if domain == "locomotion" and not falls:
+        defaults |= NO_FALLS
     if falls:
         defaults["n_step"] = 1000  # to the episode's end
         defaults["actor_decay_updates"] = min(num_updates, LOCOMOTION_UPDATES)
@@ -196,7 +201,8 @@ def resolve(
         defaults["floor"] = FLOOR_PER_SPREAD * spread() ** 4
     if domain == "locomotion" and None in (config.q_weight, config.obs_noise):
         sigma = spread()
-        defaults["q_weight"] = min(Q_PER_SPREAD * sigma**4, LARGEST_Q_WEIGHT)
+        largest = LARGEST_FOR_FALLS if falls else LARGEST_Q_WEIGHT
+        defaults["q_weight"] = min(Q_PER_SPREAD * sigma**4, largest)
         if falls:
             defaults["obs_noise"] = NOISE_PER_SPREAD * sigma
     unset = {k: v for k, v in defaults.items() if getattr(config, k) in (None, ())}

@@ -43,7 +43,7 @@ IQL_BST = {
 }
 ONLY_BST = {"Supervisor", "supervisor", "action_spread"}
 ONLY_BST |= {"LARGEST_Q_WEIGHT", "Q_PER_SPREAD", "NOISE_PER_SPREAD"}
-ONLY_BST |= {"FLOOR_PER_SPREAD", "CAREFUL"}
+ONLY_BST |= {"FLOOR_PER_SPREAD", "CAREFUL", "LARGEST_FOR_FALLS", "NO_FALLS"}
 ONLY_BST |= {"LOCOMOTION_UPDATES"}
 NOT_IQL = {"n_step", "noisy", "DEEPER"} | ONLY_BST - {"Supervisor", "supervisor"}
 ONLY_IQL = {

@@ -166,14 +166,15 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
     assert config.scale == 2.5  # dim(A) / 2
     moves = domain == "locomotion"
     assert config.q_weight == pytest.approx(9000 * 0.2**4 if moves else 1)
-    assert wide.q_weight == (25 if moves else 1)
     falls = moves and terminal  # elsewhere the end may be a success
+    assert wide.q_weight == ((25 if falls else 100) if moves else 1)
     assert wide.obs_noise == pytest.approx(0.4 / 2 if falls else 0)
     assert wide.n_step == (1000 if falls else 1)
     assert config.actor_decay_updates == 1000
     long = td3_bst.resolve(Config(), domain, logged(SPREAD, terminal), 300_000)
     assert long.actor_decay_updates == (100_000 if falls else 300_000)
     follows = {"n_step", "obs_noise"} | ({"floor"} if domain == "pointmaze" else set())
+    follows |= {"supervisor_gradient", "polyak"} if moves and not falls else set()
     for name in td3_bst.DEFAULTS[domain].keys() - follows:
         assert getattr(config, name) == td3_bst.DEFAULTS[domain][name]
     if domain == "pointmaze":
@@ -182,7 +183,9 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
     deep = domain == "antmaze"  # where a cloned policy needs it as well
     assert config.hidden_dims == (256,) * (3 if deep else 2)
     assert config.actor_learning_rate == (1e-3 if deep else 3e-4)
-    assert config.supervisor_gradient is (domain in ("locomotion", "antmaze"))
+    assert config.supervisor_gradient is bool(falls or domain == "antmaze")
+    fast = 0.01 if "maze" in domain else 0.02
+    assert config.polyak == (0.005 if moves and not falls else fast)
     assert not {None, ()} & {*vars(config).values()}
     assert config.batch_size == 7
 
