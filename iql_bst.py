@@ -120,6 +120,7 @@ LOCOMOTION = {
 POINTMAZE = {
     "mu": 0.3,
     "floor": 0.0,
+    "supervisor_gradient": False,
     "discount": 0.98,
     "reward_scale": 10.0,
     "normalize_obs": True,
