@@ -12,7 +12,7 @@ default) takes TD3-BST's policy step: it follows Q where a Morse network is cert
                pi(.|s) = N(tanh(m(s)), diag(sigma^2)), played at its mode
     bst      : L_pi = mean[omega(s) ||pi(s) - a||^2 - Q_1(s, pi(s)) / Z_Q],
                omega(s) = min(exp((1 - M(s, pi(s))) / mu) - 1, cap) + floor,
-               Z_Q = mean |Q_1(s, pi(s))|
+               Z_Q = mean |Q_1(s, pi(s))|; pi of s + noise where agents fall, `noisy`
 
 Papers Kostrikov, Nair & Levine, ICLR 2022, arXiv 2110.06169 (IQL);
        Srinivasan & Knottenbelt, IJCAI 2024, arXiv 2404.16399 (the BST step).
@@ -57,6 +57,7 @@ class Config:
     scale: float | None = None  # bst: lam, the Morse kernel's scale; unset: dim(A) / 2
     supervisor_gradient: bool | None = None  # bst: also through omega; unset: by domain
     q_weight: float = 1.0  # bst: of Q / Z_Q; dim(A): the distance as a mean
+    obs_noise: float | None = None  # bst: std, see `noisy`; unset: 0, or for falls
     actor_critics: int = 1  # bst: 1: Q_1 for the actor; 2: the smaller Q of both
     discount: float | None = None  # gamma, per step; unset: by domain
     reward_scale: float | None = None  # times the reward; unset: by domain and returns
@@ -94,7 +95,8 @@ class Config:
                 f"mu must be at least 0.02, got {self.mu}: the weight exp(C / mu) - 1 "
                 "and its gradient would overflow float32"
             )
-        for name in ("beta", "floor", "omega_cap", "q_weight", "actor_decay_updates"):
+        at_least_0 = ("floor", "omega_cap", "q_weight", "obs_noise")
+        for name in ("beta", *at_least_0, "actor_decay_updates"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -113,6 +115,7 @@ LOCOMOTION = {
     "discount": 0.99,
     "reward_scale": 1.0,
     "reward_shift": 0.0,
+    "obs_noise": 0.0,
     "polyak": 0.005,
     "normalize_obs": False,
     "critic_layer_norm": False,
@@ -127,6 +130,7 @@ POINTMAZE = {
 }
 ANTMAZE = {"floor": 5.0, "reward_shift": -1.0}
 MAZE = {"expectile": 0.9, "beta": 10.0}
+NOISE_PER_SPREAD = 0.5  # where agents fall: obs_noise over the spread of the actions
 DEFAULTS = {  # IQL's code; mu as in td3_bst.py, pointmaze: results/LOG.md
     "locomotion": LOCOMOTION,
     "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
@@ -139,24 +143,32 @@ TRACED = ("mu", "floor", "scale", "expectile")  # may differ between lanes: --sw
 def resolve(
     config: Config,
     domain: str,
-    action_dim: int,
+    data: "Transition",
     episode_returns: np.ndarray,
     num_updates: int,
 ) -> Config:
     """Returns `config` with every unset option at its domain's value.
 
+    Where agents fall, which is what ends an episode in locomotion, the BST step shows
+    the actor states with noise, by the spread of the data's actions.
+
     Args:
+        data: as it was logged, in its order; numpy.
         episode_returns: (E,) of the episodes that are trained on; IQL divides
             locomotion's rewards by their range / 1000.
         num_updates: of the whole run, over which the actor's learning rate decays.
     """
     awr = config.policy_step == "awr"
-    defaults = DEFAULTS[domain] | {"scale": action_dim / 2}
+    defaults = DEFAULTS[domain] | {"scale": data.action.shape[1] / 2}
     defaults["actor_decay_updates"] = num_updates
     if domain == "locomotion":
-        spread = float(np.ptp(episode_returns))
-        known = spread > 1e-6 * np.abs(episode_returns).max()  # more than rounding
-        defaults["reward_scale"] = 1000.0 / spread if known else 1.0
+        extent = float(np.ptp(episode_returns))
+        known = extent > 1e-6 * np.abs(episode_returns).max()  # more than rounding
+        defaults["reward_scale"] = 1000.0 / extent if known else 1.0
+    falls = domain == "locomotion" and bool(np.any(data.terminal))
+    if falls and not awr and config.obs_noise is None:
+        spread = morse.action_spread(data.obs, data.action)
+        defaults["obs_noise"] = NOISE_PER_SPREAD * spread
     if domain != "pointmaze":
         defaults["normalize_obs"] = not awr
     unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
@@ -467,7 +479,11 @@ def follow(targets: Params, parameters: Params, config: Config) -> Params:
 
 
 def update_actor(
-    agent: AgentState, bst: Supervisor, batch: Transition, config: Config
+    agent: AgentState,
+    bst: Supervisor,
+    batch: Transition,
+    shown: jax.Array,
+    config: Config,
 ) -> tuple[AgentState, Metrics]:
     """One Adam step of the actor, by AWR or by TD3-BST's objective."""
     if config.policy_step == "awr":
@@ -478,7 +494,7 @@ def update_actor(
         metrics |= {"weight": weight.mean(), "advantage": advantage.mean()}
     else:
         grad, metrics = jax.grad(actor_loss, has_aux=True)(
-            agent.actor, agent.critics, bst, batch, batch.obs, config
+            agent.actor, agent.critics, bst, batch, shown, config
         )
     metrics["actor_grad_norm"] = optax.tree.norm(grad)
     adam, _, _ = optimizers(config)
@@ -493,6 +509,16 @@ def sample(data: Transition, key: jax.Array, batch_size: int) -> Transition:
     return jax.tree.map(lambda x: x[index], data)
 
 
+def noisy(obs: jax.Array, key: jax.Array, config: Config) -> jax.Array:
+    """(B, S) as the actor is shown it in training: like states, like actions.
+
+    `obs_noise` has the units of observations after `prepare`.
+    """
+    if not config.obs_noise:
+        return obs
+    return obs + config.obs_noise * jax.random.normal(key, obs.shape)
+
+
 def update(
     agent: AgentState,
     bst: Supervisor,
@@ -504,11 +530,13 @@ def update(
 ) -> tuple[AgentState, Metrics]:
     """Value, actor and critics on one batch, in the order of IQL's code.
 
-    Update t draws its batch from fold_in(key, t), t = step.
+    Update t draws its batch from fold_in(key, t), t = step, and its noise from that.
     """
-    batch = sample(data, jax.random.fold_in(key, step), config.batch_size)
+    key = jax.random.fold_in(key, step)
+    batch = sample(data, key, config.batch_size)
+    shown = noisy(batch.obs, jax.random.fold_in(key, 1), config)
     agent, value_metrics = update_value(agent, batch, expectile, config)
-    agent, actor_metrics = update_actor(agent, bst, batch, config)
+    agent, actor_metrics = update_actor(agent, bst, batch, shown, config)
     agent, critic_metrics = update_critics(agent, batch, config)
     return agent, value_metrics | actor_metrics | critic_metrics
 
@@ -583,10 +611,9 @@ def main(args: list[str] | None = None) -> None:
     dataset = datasets.load(options.dataset, options.eval_map, options.best_fraction)
     options = resolve_options(options, dataset, policy_delay=1)
     total, returns = options.num_updates or 0, dataset.episode_returns
-    config = resolve(config, dataset.domain, dataset.action_dim, returns, total)
-    data, mean, std = prepare(
-        Transition(*(getattr(dataset, name) for name in Transition._fields)), config
-    )
+    logged = Transition(*(getattr(dataset, name) for name in Transition._fields))
+    config = resolve(config, dataset.domain, logged, returns, total)
+    data, mean, std = prepare(logged, config)
     if min(options.swept.get("mu", (config.mu or 1,))) < 0.025 and not config.omega_cap:
         print(
             "warning: with mu below 0.025 the actor's first gradients overflow float32"

@@ -21,7 +21,7 @@ Paper:  Srinivasan & Knottenbelt, "Offline Reinforcement Learning with Behaviora
         Supervisor Tuning", arXiv 2404.16399; Morse networks: Dherin et al., 2307.00667.
 Run:    uv run morse.py                          the four-mode toy, one picture
         uv run morse.py --dataset ID             calibration on a dataset
-Copy:   everything above the ruled line "Command line" needs jax, flax and optax only.
+Copy:   everything above the ruled line "Command line" needs jax, flax, optax, numpy.
 Shapes: B batch, K negatives per state, N dataset, S observation, A action.
 """
 
@@ -37,6 +37,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -145,6 +146,41 @@ def uncertainty(
 ) -> Array:
     """C(s, a) = 1 - M(s, a), exact to rounding near 0; arguments as `log_density`."""
     return -jnp.expm1(log_density(params, obs, action, scale, config))
+
+
+# ================================================================ Spread of the actions
+
+
+def action_spread(obs: np.ndarray | Array, action: np.ndarray | Array) -> float:
+    """sigma, the spread of the data's actions around what is done in such states.
+
+    The root of half the mean squared difference, per dimension, to the action in the
+    nearest state at least 1000 steps (or a tenth of them all) away, whose noise is
+    another; of 2048 transitions among at most 100,000, evenly chosen, those that are
+    there twice taken once. Too large where states are few. 0 for a single transition.
+
+    Args:
+        obs: (N, S) in the log's order; standardised here.
+        action: (N, A) in [-1, 1].
+    """
+    place = np.linspace(0, len(obs) - 1, min(len(obs), 100_000)).astype(int)
+    away = min(1000, len(obs) // 10)
+    obs, action = np.asarray(obs)[place].astype(float), np.asarray(action)[place]
+    once = np.sort(np.unique(np.hstack([obs, action]), axis=0, return_index=True)[1])
+    place, obs, action = place[once], obs[once], action[once]
+    obs = ((obs - obs.mean(axis=0)) / (obs.std(axis=0) + 1e-3)).astype(np.float32)
+    half_square = np.square(obs).sum(axis=1) / 2
+    asked = np.linspace(0, len(obs) - 1, min(len(obs), 2048)).astype(int)
+    squares = []
+    for some in np.array_split(asked, len(asked) // 256 + 1):
+        distance = half_square - obs[some] @ obs.T  # half its square, less the same
+        first = np.searchsorted(place, place[some] - away)
+        after = np.searchsorted(place, place[some] + away, side="right")
+        for row, i, j in zip(distance, first, after, strict=True):
+            row[i:j] = np.inf
+        nearest = distance.argmin(axis=1)
+        squares.append(np.square(action[some] - action[nearest]).mean(axis=1))
+    return float(np.sqrt(np.concatenate(squares).mean() / 2))
 
 
 # ===================================================================== Loss and updates
@@ -417,7 +453,6 @@ def toy(options: Options) -> Path:
 
 
 def draw_toy(path: Path, title: str, action, axis, fitted, optimum) -> None:
-    import numpy as np
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
@@ -457,7 +492,6 @@ def draw_toy(path: Path, title: str, action, axis, fitted, optimum) -> None:
 
 def auroc(positive, negative) -> float:
     """P(positive > negative) + P(equal) / 2, by ranks; each argument is (n,)."""
-    import numpy as np
 
     pooled = np.concatenate([positive, negative])
     _, where, count = np.unique(pooled, return_inverse=True, return_counts=True)
@@ -468,7 +502,6 @@ def auroc(positive, negative) -> float:
 
 def calibrate(options: Options) -> Path:
     """Fit each scale and seed on 90 % of the episodes, report on the other 10 %."""
-    import numpy as np
 
     from common import datasets, run
     from common.errors import UserError
@@ -532,7 +565,6 @@ def calibrate(options: Options) -> Path:
 
 def calibration_table(rows: list[dict[str, float]]) -> str:
     """One line per scale: means over the seeds, +- sd where there are several."""
-    import numpy as np
 
     names = [name for name in rows[0] if name not in ("scale", "seed")]
     lines = ["   scale" + "".join(f"{name:>19}" for name in names)]
@@ -548,7 +580,6 @@ def calibration_table(rows: list[dict[str, float]]) -> str:
 
 def draw_calibration(path: Path, title: str, pooled: dict[float, dict]) -> None:
     """Histograms of M in the four sets, a panel per scale, under the table."""
-    import numpy as np
     from matplotlib.figure import Figure
 
     bins = np.linspace(0, 1, 41)

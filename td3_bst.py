@@ -140,38 +140,6 @@ DEFAULTS = {  # from short experiments, results/bst_study.md
 TRACED = ("mu", "floor", "scale")  # may differ between the lanes: --sweep
 
 
-def action_spread(obs: np.ndarray, action: np.ndarray) -> float:
-    """sigma, the spread of the data's actions around what is done in such states.
-
-    The root of half the mean squared difference, per dimension, to the action in the
-    nearest state at least 1000 steps (or a tenth of them all) away, whose noise is
-    another; of 2048 transitions among at most 100,000, evenly chosen, those that are
-    there twice taken once. Too large where states are few. 0 for a single transition.
-
-    Args:
-        obs: (N, S) in the log's order, standardised here as by `prepare`.
-        action: (N, A) in [-1, 1].
-    """
-    place = np.linspace(0, len(obs) - 1, min(len(obs), 100_000)).astype(int)
-    away = min(1000, len(obs) // 10)
-    obs, action = np.asarray(obs)[place].astype(float), np.asarray(action)[place]
-    once = np.sort(np.unique(np.hstack([obs, action]), axis=0, return_index=True)[1])
-    place, obs, action = place[once], obs[once], action[once]
-    obs = ((obs - obs.mean(axis=0)) / (obs.std(axis=0) + 1e-3)).astype(np.float32)
-    half_square = np.square(obs).sum(axis=1) / 2
-    asked = np.linspace(0, len(obs) - 1, min(len(obs), 2048)).astype(int)
-    squares = []
-    for some in np.array_split(asked, len(asked) // 256 + 1):
-        distance = half_square - obs[some] @ obs.T  # half its square, less the same
-        first = np.searchsorted(place, place[some] - away)
-        after = np.searchsorted(place, place[some] + away, side="right")
-        for row, i, j in zip(distance, first, after, strict=True):
-            row[i:j] = np.inf
-        nearest = distance.argmin(axis=1)
-        squares.append(np.square(action[some] - action[nearest]).mean(axis=1))
-    return float(np.sqrt(np.concatenate(squares).mean() / 2))
-
-
 def resolve(
     config: Config, domain: str, data: "Transition", num_updates: int
 ) -> Config:
@@ -196,7 +164,7 @@ def resolve(
     if falls:
         defaults["n_step"] = 1000  # to the episode's end
         defaults["actor_decay_updates"] = min(num_updates, LOCOMOTION_UPDATES)
-    spread = partial(action_spread, np.asarray(data.obs), np.asarray(data.action))
+    spread = partial(morse.action_spread, data.obs, data.action)
     if domain == "pointmaze" and config.floor is None:
         defaults["floor"] = FLOOR_PER_SPREAD * spread() ** 4
     if domain == "locomotion" and None in (config.q_weight, config.obs_noise):

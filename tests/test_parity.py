@@ -27,7 +27,11 @@ TD3_BST = td3_bst.resolve(
     td3_bst.Config(morse_net=NET, **SIZES), "locomotion", random_data(0, 500), 100
 )
 IQL_BST = iql_bst.resolve(
-    iql_bst.Config(morse_net=NET, **SIZES), "locomotion", ACTION_DIM, RETURNS, 100
+    iql_bst.Config(morse_net=NET, **SIZES),
+    "locomotion",
+    iql_bst.Transition(*random_data(0, 500)),
+    RETURNS,
+    100,
 )
 
 

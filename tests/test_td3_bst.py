@@ -211,7 +211,7 @@ def test_resolve_keeps_what_is_set(domain: str):
         actor_learning_rate=0.5,
         actor_decay_updates=0,
     )
-    with mock.patch.object(td3_bst, "action_spread", side_effect=AssertionError):
+    with mock.patch.object(morse, "action_spread", side_effect=AssertionError):
         same = td3_bst.resolve(config, domain, logged(SPREAD, 1.0), num_updates=1000)
     assert same == config
 
@@ -229,46 +229,6 @@ def test_td3_bc_has_the_mazes_settings(domain: str):
     still = td3_bc.Config(actor_decay_updates=0, hidden_dims=(8,))
     kept = td3_bc.resolve(still, domain, 1000)
     assert (kept.actor_decay_updates, kept.hidden_dims) == (0, (8,))
-
-
-def test_action_spread_by_hand():
-    # Pairs of states far from each other; within a pair the actions differ by
-    # (.2, 0), (.4, .4) and (0, 0): half the mean square is (.04 + .16 + .16) / 12.
-    obs = np.array([[0.0], [0.1], [5.0], [5.1], [9.0], [9.1]])
-    action = np.array([[0, 0], [0.2, 0], [0.5, 0.5], [0.9, 0.9], [1, 1], [1, 1]])
-    assert td3_bst.action_spread(obs, action) == pytest.approx(np.sqrt(0.36 / 12))
-    assert td3_bst.action_spread(obs[:1], action[:1]) == 0.0  # nothing to compare with
-
-
-@pytest.mark.parametrize("sigma", [0.02, 0.3])
-@pytest.mark.parametrize("size", [300, 250_000])
-def test_action_spread_is_the_noise_of_the_behaviour(sigma: float, size: int):
-    rng = np.random.default_rng(0)
-    obs = rng.uniform(-1, 1, (size, 2)) * [1, 1000] + [0, 1e5]  # units of any size
-    noise = sigma * rng.standard_normal((size, 3))
-    found = td3_bst.action_spread(obs, np.zeros((size, 3)) + noise)
-    assert found == pytest.approx(sigma, rel=0.1)
-    assert td3_bst.action_spread(obs, noise * 2) == pytest.approx(2 * found)
-    if size > 1000:
-        # What the state decides does not count, where there are states enough.
-        found = td3_bst.action_spread(obs, 0.3 * np.sin(3 * obs[:, :1]) + noise)
-        assert found == pytest.approx(sigma, rel=0.1)
-
-
-def test_action_spread_where_noise_lasts_and_where_transitions_are_there_twice():
-    # The nearest state of all is the one a step before, with nearly the same noise.
-    rng = np.random.default_rng(0)
-    obs = np.sin(np.cumsum(0.05 * rng.standard_normal((30_000, 2)), axis=0))
-    noise = np.zeros((30_000, 2))
-    for t, fresh in enumerate(
-        0.3 * np.sqrt(1 - 0.99**2) * rng.standard_normal((30_000, 2))
-    ):
-        noise[t] = 0.99 * noise[t - 1] + fresh
-    found = td3_bst.action_spread(obs, noise)
-    assert found == pytest.approx(0.3, rel=0.1)
-    twice = td3_bst.action_spread(np.tile(obs, (2, 1)), np.tile(noise, (2, 1)))
-    assert twice == pytest.approx(found, rel=0.1)
-    assert td3_bst.action_spread(np.ones((50, 2)), np.ones((50, 2))) == 0.0
 
 
 # ======================================================================== Supervisor
