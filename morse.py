@@ -492,7 +492,6 @@ def draw_toy(path: Path, title: str, action, axis, fitted, optimum) -> None:
 
 def auroc(positive, negative) -> float:
     """P(positive > negative) + P(equal) / 2, by ranks; each argument is (n,)."""
-
     pooled = np.concatenate([positive, negative])
     _, where, count = np.unique(pooled, return_inverse=True, return_counts=True)
     rank = (np.cumsum(count) - (count - 1) / 2)[where]  # from 1, the mean over ties
@@ -502,7 +501,6 @@ def auroc(positive, negative) -> float:
 
 def calibrate(options: Options) -> Path:
     """Fit each scale and seed on 90 % of the episodes, report on the other 10 %."""
-
     from common import datasets, run
     from common.errors import UserError
 
@@ -565,7 +563,6 @@ def calibrate(options: Options) -> Path:
 
 def calibration_table(rows: list[dict[str, float]]) -> str:
     """One line per scale: means over the seeds, +- sd where there are several."""
-
     names = [name for name in rows[0] if name not in ("scale", "seed")]
     lines = ["   scale" + "".join(f"{name:>19}" for name in names)]
     for scale in dict.fromkeys(row["scale"] for row in rows):

@@ -159,11 +159,11 @@ def resolve(
     defaults = DEFAULTS[domain] | {"scale": data.action.shape[1] / 2}
     defaults["actor_decay_updates"] = num_updates
     falls = domain == "locomotion" and bool(np.any(data.terminal))
-    if domain == "locomotion" and not falls:
-        defaults |= NO_FALLS
     if falls:
         defaults["n_step"] = 1000  # to the episode's end
         defaults["actor_decay_updates"] = min(num_updates, LOCOMOTION_UPDATES)
+    elif domain == "locomotion":
+        defaults |= NO_FALLS
     spread = partial(morse.action_spread, data.obs, data.action)
     if domain == "pointmaze" and config.floor is None:
         defaults["floor"] = FLOOR_PER_SPREAD * spread() ** 4

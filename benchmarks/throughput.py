@@ -205,10 +205,12 @@ def _agent(method, shape, lanes, mesh, columns, options) -> Any:
         config = dataclasses.replace(config, policy_step=step)
     total = 10 * options.num_updates
     logged = td3_bst.Transition(*columns)
-    more: Any = {td3_bc: (), td3_bst: (logged, total)}.get(
-        module, (logged, np.array([0.0, 1.0]), total)
-    )
-    config = module.resolve(config, DOMAINS[shape], *more)
+    more = {
+        td3_bc: (),
+        td3_bst: (logged, total),
+        iql_bst: (logged, np.array([0.0, 1.0]), total),
+    }
+    config = module.resolve(config, DOMAINS[shape], *more[module])
     dims = {"obs_dim": obs_dim, "action_dim": action_dim}
     init = seeds.map_seeds(partial(module.init, **dims, config=config), [True], mesh)
     state = init(seeds.stage_keys(lanes, 0))

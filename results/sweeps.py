@@ -149,8 +149,6 @@ FACTORS = (  # what the factor study changes, on whichever dataset
     "hidden_dims=256,256,256",
     "batch_size=512",
 )
-POINT = ("n_step=1", "q_weight=1", "obs_noise=0")  # halfcheetah's; what moves there
-POINT += ("polyak=0.02", "supervisor_gradient=True")  # the defaults to 2026-11-27
 THROUGH = "floor=0+supervisor_gradient=True"  # the maze's defaults to 2026-11-26
 CONSTANTS = [  # omega is its floor in every state, so has no gradient to speak of
     f"floor={c}+mu=1000+supervisor_gradient=True" for c in (0.014, 0.05, 0.15, 0.4)
@@ -171,7 +169,11 @@ TABLES: dict[str, Sweep] = {
     "antmaze": Sweep(ANTMAZE),
     "bst-factors": FACTOR_STUDY(
         ("mujoco/halfcheetah/medium-v0",),
-        set=("num_morse_updates=8000", *POINT),
+        set=(
+            "num_morse_updates=8000",
+            *("n_step=1", "q_weight=1", "obs_noise=0"),
+            *("polyak=0.02", "supervisor_gradient=True"),  # defaults to 2026-11-27
+        ),
         variants=(
             *FACTORS,
             "supervisor_gradient=False",

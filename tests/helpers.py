@@ -69,6 +69,17 @@ def doubled(tree: Any) -> Any:
     )
 
 
+# Two states far from each other, twice each: the spread of their actions is .2.
+FOUR = np.array([[0.0], [0.1], [9.0], [9.1]])
+SPREAD = np.array([[0.0], [0.2], [1.0], [0.8]]) * np.sqrt([2.0] * 5)
+
+
+def logged(action: np.ndarray, terminal: float) -> Any:
+    """`action` in FOUR; the last transition ends its task where `terminal` is 1."""
+    columns: Any = FOUR, action, np.zeros(4), FOUR, np.array([0, 0, 0, terminal])
+    return Transition(*columns)
+
+
 def net(*layers: tuple[Any, Any]) -> dict[str, Any]:
     """{Dense_i: kernel (in, out), bias (out,)} from one pair per layer."""
     return {

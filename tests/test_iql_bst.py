@@ -12,12 +12,14 @@ import pytest
 from helpers import (
     ACTION_DIM,
     OBS_DIM,
+    SPREAD,
     adam_steps,
     assert_changed,
     assert_same,
     bst_of,
     critic_net,
     f32,
+    logged,
     morse_init,
     net,
     random_data,
@@ -182,16 +184,6 @@ def test_config_takes_the_edges():
 
 
 RETURNS = np.array([100.0, 500.0, 300.0])
-
-
-def logged(action_dim: int, terminal: float = 0.0) -> Any:
-    """Two states far from each other, twice each; the actions' spread is .2."""
-    obs, action = np.array([[0.0], [0.1], [9.0], [9.1]]), np.zeros((4, action_dim))
-    action[:] = np.array([[0.0], [0.2], [0.5], [0.3]]) * np.sqrt(2)
-    columns: Any = obs, action, np.zeros(4), obs, np.array([0, 0, 0, terminal])
-    return Transition(*columns)
-
-
 STEPS = pytest.mark.parametrize("step", ["bst", "awr"])
 
 
@@ -199,7 +191,7 @@ STEPS = pytest.mark.parametrize("step", ["bst", "awr"])
 @pytest.mark.parametrize("domain", iql_bst.DEFAULTS)
 def test_resolve_fills_what_is_unset(domain: str, step: Any):
     unset = Config(policy_step=step, batch_size=7)
-    config = iql_bst.resolve(unset, domain, logged(5), RETURNS, 1000)
+    config = iql_bst.resolve(unset, domain, logged(SPREAD, 0.0), RETURNS, 1000)
     assert config.scale == 2.5  # dim(A) / 2
     assert None not in dataclasses.asdict(config).values()
     assert (config.batch_size, config.policy_step) == (7, step)
@@ -214,7 +206,7 @@ def test_resolve_fills_what_is_unset(domain: str, step: Any):
 @pytest.mark.parametrize("terminal", [0.0, 1.0])
 def test_the_bst_step_has_noise_where_agents_fall(domain: str, step: Any, terminal):
     unset = Config(policy_step=step)
-    config = iql_bst.resolve(unset, domain, logged(3, terminal), RETURNS, 1000)
+    config = iql_bst.resolve(unset, domain, logged(SPREAD, terminal), RETURNS, 1000)
     falls = terminal and domain == "locomotion" and step == "bst"
     assert config.obs_noise == pytest.approx(0.2 / 2 if falls else 0)
 
@@ -240,9 +232,11 @@ def test_resolve_keeps_what_is_set(domain: str, step: Any):
         critic_layer_norm=False,
         actor_decay_updates=0,
     )
-    assert iql_bst.resolve(config, domain, logged(5, 1.0), RETURNS, 1000) == config
+    assert iql_bst.resolve(config, domain, logged(SPREAD, 1.0), RETURNS, 1000) == config
     flipped = dataclasses.replace(config, normalize_obs=True, actor_decay_updates=5)
-    assert iql_bst.resolve(flipped, domain, logged(5), RETURNS, 1000) == flipped
+    assert (
+        iql_bst.resolve(flipped, domain, logged(SPREAD, 0.0), RETURNS, 1000) == flipped
+    )
 
 
 @pytest.mark.parametrize(
@@ -259,7 +253,7 @@ def test_awr_has_the_published_settings(domain: str, published: dict[str, Any]):
     # IQL, appendix B and its code: no normalisation, three Adams at 3e-4, the actor's
     # a cosine over the whole run.
     config = iql_bst.resolve(
-        Config(policy_step="awr"), domain, logged(3), RETURNS, 10**6
+        Config(policy_step="awr"), domain, logged(SPREAD, 0.0), RETURNS, 10**6
     )
     published = published | dict(
         discount=0.99,
@@ -300,7 +294,9 @@ def test_bst_takes_observations_as_td3_bst_does():
     "returns", [[7.0], [7.0, 7.0], [0.0, 0.0], [0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1]]
 )
 def test_returns_without_spread_scale_by_one(returns: list[float]):
-    config = iql_bst.resolve(Config(), "locomotion", logged(3), np.array(returns), 1000)
+    config = iql_bst.resolve(
+        Config(), "locomotion", logged(SPREAD, 0.0), np.array(returns), 1000
+    )
     assert config.reward_scale == 1.0
 
 
@@ -310,7 +306,7 @@ def test_published_rewards_and_observations():
     raw: Any = Transition._make(np.array(field, float) for field in fields)
     for domain, reward in [("locomotion", [0, 2.5]), ("antmaze", [-1, 0])]:
         config = iql_bst.resolve(
-            Config(policy_step="awr"), domain, logged(1), RETURNS, 1000
+            Config(policy_step="awr"), domain, logged(SPREAD, 0.0), RETURNS, 1000
         )
         data, mean, std = iql_bst.prepare(raw, config)
         assert_same(list(data), list(raw._replace(reward=np.array(reward))))

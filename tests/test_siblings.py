@@ -45,8 +45,8 @@ ONLY_BST = {"Supervisor", "supervisor"}
 ONLY_BST |= {"LARGEST_Q_WEIGHT", "Q_PER_SPREAD", "NOISE_PER_SPREAD"}
 ONLY_BST |= {"FLOOR_PER_SPREAD", "CAREFUL", "LARGEST_FOR_FALLS", "NO_FALLS"}
 ONLY_BST |= {"LOCOMOTION_UPDATES"}
-NOT_IQL = {"n_step", "DEEPER"} | ONLY_BST - {"Supervisor", "supervisor"}
-NOT_IQL -= {"NOISE_PER_SPREAD"}
+NOT_IQL = {"n_step", "DEEPER"} | ONLY_BST
+NOT_IQL -= {"Supervisor", "supervisor", "NOISE_PER_SPREAD"}
 ONLY_IQL = {
     "Value",
     "awr_loss",

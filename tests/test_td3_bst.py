@@ -14,6 +14,7 @@ from helpers import (
     ACTION_DIM,
     OBS_DIM,
     SMALL,
+    SPREAD,
     actor_grad,
     actor_loss,
     adam_steps,
@@ -23,6 +24,7 @@ from helpers import (
     critic_net,
     f32,
     init,
+    logged,
     net,
     random_agent,
     random_data,
@@ -143,17 +145,6 @@ def test_config_takes_the_edges():
     Config(mu=0.02, discount=1.0, polyak=1.0, policy_noise=0.0, noise_clip=0.0)
     Config(floor=0.0, omega_cap=0.0, actor_decay_updates=0)
     Config(mu=1e6, discount=0.0, batch_size=1, policy_delay=1, reward_shift=-1.0)
-
-
-# Two states far from each other, twice each: the spread of their actions is .2.
-FOUR = np.array([[0.0], [0.1], [9.0], [9.1]])
-SPREAD = np.array([[0.0], [0.2], [1.0], [0.8]]) * np.sqrt([2.0] * 5)
-
-
-def logged(action: np.ndarray, terminal: float) -> Any:
-    """`action` in FOUR; the last transition ends its task where `terminal` is 1."""
-    columns: Any = FOUR, action, np.zeros(4), FOUR, np.array([0, 0, 0, terminal])
-    return Transition(*columns)
 
 
 @pytest.mark.parametrize("domain", td3_bst.DEFAULTS)
