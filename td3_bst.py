@@ -119,6 +119,7 @@ POINTMAZE = {
     "supervisor_gradient": False,
     "discount": 0.98,
     "reward_scale": 10.0,
+    "actor_learning_rate": 1e-3,
 }
 DEEPER = {"hidden_dims": (256, 256, 256), "actor_learning_rate": 1e-3}
 ANTMAZE = {"floor": 20.0, "discount": 0.998, "reward_scale": 100.0} | DEEPER

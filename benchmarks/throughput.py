@@ -95,7 +95,9 @@ def flops(method: Method, obs_dim: int, action_dim: int, config: Any) -> float:
     if method in ("TD3-BST", "IQL-BST"):
         widths = (both, *config.morse_net.hidden_dims, action_dim)
         certainty = net(batch, *widths)
-        supervised = certainty[0] + certainty[2] + 2 * batch * action_dim * widths[1]
+        supervised = certainty[0]
+        if config.supervisor_gradient:
+            supervised += certainty[2] + 2 * batch * action_dim * widths[1]
     if method in ("TD3+BC", "TD3-BST"):
         targets = actor[0] + 2 * critic[0]
         return (

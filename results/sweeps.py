@@ -184,6 +184,7 @@ TABLES: dict[str, Sweep] = {
     ),
     "bst-factors-maze": FACTOR_STUDY(
         (EMBEDDED,),
+        set=("actor_learning_rate=0.0003",),  # the default to 2026-11-27
         variants=(
             *FACTORS,
             "floor=0",

@@ -39,6 +39,7 @@ PLAIN = {  # options that leave a method what it is; also alpha = 0, see `change
 }
 BEFORE = {  # of the sweep over lam
     "actor_decay_updates",
+    "actor_learning_rate",
     "floor",
     "morse_net.decay_updates",
     "morse_net.negatives",
@@ -536,14 +537,13 @@ def constants_table(rows: Sequence[Row]) -> str:
     """The embedded maze with an omega that is the same in every state, and TD3-BST."""
     step = sweeps.TABLES["bst-factors-maze"].num_updates
     found = by_variant(runs_of(factor_rows(rows)), step).get(EMBEDDED, {})
-    own = chosen(runs_of(rows), "TD3-BST", EMBEDDED, step)
     shown = {
         f"omega = {sweeps.variant_options(label)['floor']}": found[label]
         for label in sweeps.CONSTANTS
         if label in found
     }
     shown["TD3-BST, also through omega"] = found.get(sweeps.THROUGH, [])
-    shown["TD3-BST"] = own
+    shown["TD3-BST"] = found.get(sweeps.PLAIN, [])
     lines = [
         [label, spread(runs, "score"), spread(runs, "length")]
         for label, runs in shown.items()

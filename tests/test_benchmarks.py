@@ -21,7 +21,16 @@ def test_operations_of_a_network_by_hand():
     ("method", "config", "mflop"),
     [  # the hopper's shape; counted operation by operation in a study of peers
         ("TD3+BC", td3_bc.Config(hidden_dims=(256, 256)), 403.8),
-        ("TD3-BST", td3_bst.Config(hidden_dims=(256, 256)), 403.8 + 69.3),
+        (
+            "TD3-BST",
+            td3_bst.Config(hidden_dims=(256, 256), supervisor_gradient=True),
+            403.8 + 69.3,
+        ),
+        (  # the Morse network's forward pass alone, every second update
+            "TD3-BST",
+            td3_bst.Config(hidden_dims=(256, 256), supervisor_gradient=False),
+            403.8 + 256 * (14 * 256 + 2 * 256 * 256 + 256 * 3) / 1e6,
+        ),
         ("IQL", dataclasses.replace(iql_bst.Config(), policy_step="awr"), 524.3),
         ("Morse", morse.Config(), 412.4),
     ],
