@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 TD3_BC = {
     "Config": "alpha instead of mu, scale and the Morse network",
     "LOCOMOTION": "omega's mu, floor and gradient; targets' step and rewards",
-    "POINTMAZE": "mu and the gradient through omega",
+    "POINTMAZE": "mu, the gradient through omega, the actor's rate",
     "ANTMAZE": "floor",
     "TRACED": "alpha",
     "MAZE": "the weight of Q and the noise",
