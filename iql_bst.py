@@ -130,7 +130,8 @@ POINTMAZE = {
 }
 ANTMAZE = {"floor": 5.0, "reward_shift": -1.0}
 MAZE = {"expectile": 0.9, "beta": 10.0}
-NOISE_PER_SPREAD = 0.5  # where agents fall: obs_noise over the spread of the actions
+MANY_FALLS = 1e-3  # terminal transitions of all, above which agents often fall
+NOISE_PER_SPREAD = 0.5  # where they do: obs_noise over the spread of the actions
 DEFAULTS = {  # IQL's code; mu as in td3_bst.py, pointmaze: results/LOG.md
     "locomotion": LOCOMOTION,
     "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
@@ -149,8 +150,8 @@ def resolve(
 ) -> Config:
     """Returns `config` with every unset option at its domain's value.
 
-    Where agents fall, which is what ends an episode in locomotion, the BST step shows
-    the actor states with noise, by the spread of the data's actions.
+    Where agents often fall, which is what a terminal transition is in locomotion, the
+    BST step shows the actor states with noise, by the spread of the data's actions.
 
     Args:
         data: as it was logged, in its order; numpy.
@@ -165,8 +166,8 @@ def resolve(
         extent = float(np.ptp(episode_returns))
         known = extent > 1e-6 * np.abs(episode_returns).max()  # more than rounding
         defaults["reward_scale"] = 1000.0 / extent if known else 1.0
-    falls = domain == "locomotion" and bool(np.any(data.terminal))
-    if falls and not awr and config.obs_noise is None:
+    often = domain == "locomotion" and np.mean(data.terminal) > MANY_FALLS
+    if often and not awr and config.obs_noise is None:
         spread = morse.action_spread(data.obs, data.action)
         defaults["obs_noise"] = NOISE_PER_SPREAD * spread
     if domain != "pointmaze":

@@ -130,8 +130,9 @@ Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
 LARGEST_Q_WEIGHT = 100.0  # that a spread may ask for
 LARGEST_FOR_FALLS = 25.0  # the same where agents fall
 NO_FALLS = {"supervisor_gradient": False, "polyak": 0.005}  # locomotion without any
-NOISE_PER_SPREAD = 0.5  # where agents fall: obs_noise over the spread of the actions
-LOCOMOTION_UPDATES = 100_000  # a run's, unless told; where agents fall the actor's
+MANY_FALLS = 1e-3  # terminal transitions of all, above which agents often fall
+NOISE_PER_SPREAD = 0.5  # where they do: obs_noise over the spread of the actions
+LOCOMOTION_UPDATES = 100_000  # a run's, unless told; where they do the actor's
 DEFAULTS = {  # from short experiments, results/bst_study.md
     "locomotion": LOCOMOTION,
     "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
@@ -147,11 +148,12 @@ def resolve(
     """Returns `config` with every unset option at its domain's value.
 
     The spread of the data's actions decides w in locomotion and the floor in PointMaze:
-    the wider they are, the less certainty tells apart. Where agents fall, which is what
-    ends an episode in locomotion, critics learn the data's returns, to its end, and the
-    actor is shown states with noise; it stands still after LOCOMOTION_UPDATES, because
-    following such critics for longer wears it down. Where nobody falls w may be larger,
-    targets are slow, and there is no gradient through omega.
+    the wider they are, the less certainty tells apart. A terminal transition of
+    locomotion is a fall. Where agents often fall, critics learn the data's returns, to
+    its end, and the actor is shown states with noise; it stands still after
+    LOCOMOTION_UPDATES, because following such critics for longer wears it down, and a
+    shorter run has its share of w, for critics that are not there yet. Where they never
+    fall w may be larger, targets are slow, and there is no gradient through omega.
 
     Args:
         data: as it was logged, in its order; numpy.
@@ -159,21 +161,22 @@ def resolve(
     """
     defaults = DEFAULTS[domain] | {"scale": data.action.shape[1] / 2}
     defaults["actor_decay_updates"] = num_updates
-    falls = domain == "locomotion" and bool(np.any(data.terminal))
-    if falls:
+    falls = float(np.mean(data.terminal)) if domain == "locomotion" else None
+    often = falls is not None and falls > MANY_FALLS
+    if often:
         defaults["n_step"] = 1000  # to the episode's end
         defaults["actor_decay_updates"] = min(num_updates, LOCOMOTION_UPDATES)
-    elif domain == "locomotion":
+    if falls == 0:
         defaults |= NO_FALLS
     spread = partial(morse.action_spread, data.obs, data.action)
     if domain == "pointmaze" and config.floor is None:
         defaults["floor"] = FLOOR_PER_SPREAD * spread() ** 4
     if domain == "locomotion" and None in (config.q_weight, config.obs_noise):
-        sigma = spread()
-        largest = LARGEST_FOR_FALLS if falls else LARGEST_Q_WEIGHT
-        defaults["q_weight"] = min(Q_PER_SPREAD * sigma**4, largest)
-        if falls:
+        sigma, largest = spread(), LARGEST_FOR_FALLS if falls else LARGEST_Q_WEIGHT
+        if often:
             defaults["obs_noise"] = NOISE_PER_SPREAD * sigma
+            largest *= min(num_updates / LOCOMOTION_UPDATES, 1.0)
+        defaults["q_weight"] = min(Q_PER_SPREAD * sigma**4, largest)
     unset = {k: v for k, v in defaults.items() if getattr(config, k) in (None, ())}
     return dataclasses.replace(config, **unset)
 

@@ -80,7 +80,8 @@ def test_defaults_follow_the_data(capsys, tmp_path, falls, n_step, noise):
         *("--eval-episodes", 0),
     )
     config = json.loads((folder / "config.json").read_text())["config"]
-    assert config["q_weight"] == pytest.approx(9000 * (0.3 / 3**0.5) ** 4, rel=0.3)
+    weight = 25 * 2 / 100_000 if falls else 9000 * (0.3 / 3**0.5) ** 4
+    assert config["q_weight"] == pytest.approx(weight, rel=0.3)
     assert config["obs_noise"] == pytest.approx(noise * 0.3 / 3**0.5, rel=0.1)
     assert config["n_step"] == n_step
 

@@ -44,9 +44,9 @@ IQL_BST = {
 ONLY_BST = {"Supervisor", "supervisor"}
 ONLY_BST |= {"LARGEST_Q_WEIGHT", "Q_PER_SPREAD", "NOISE_PER_SPREAD"}
 ONLY_BST |= {"FLOOR_PER_SPREAD", "CAREFUL", "LARGEST_FOR_FALLS", "NO_FALLS"}
-ONLY_BST |= {"LOCOMOTION_UPDATES"}
+ONLY_BST |= {"LOCOMOTION_UPDATES", "MANY_FALLS"}
 NOT_IQL = {"n_step", "DEEPER"} | ONLY_BST
-NOT_IQL -= {"Supervisor", "supervisor", "NOISE_PER_SPREAD"}
+NOT_IQL -= {"Supervisor", "supervisor", "NOISE_PER_SPREAD", "MANY_FALLS"}
 ONLY_IQL = {
     "Value",
     "awr_loss",

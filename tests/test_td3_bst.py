@@ -150,8 +150,8 @@ def test_config_takes_the_edges():
 @pytest.mark.parametrize("domain", td3_bst.DEFAULTS)
 @pytest.mark.parametrize("terminal", [0.0, 1.0])
 def test_resolve_fills_what_is_unset(domain: str, terminal: float):
-    def resolve(config: Config, action: np.ndarray) -> Config:
-        return td3_bst.resolve(config, domain, logged(action, terminal), 1000)
+    def resolve(config: Config, action: np.ndarray, num_updates=100_000) -> Config:
+        return td3_bst.resolve(config, domain, logged(action, terminal), num_updates)
 
     config, wide = resolve(Config(batch_size=7), SPREAD), resolve(Config(), 2 * SPREAD)
     assert config.scale == 2.5  # dim(A) / 2
@@ -161,9 +161,11 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
     assert wide.q_weight == ((25 if falls else 100) if moves else 1)
     assert wide.obs_noise == pytest.approx(0.4 / 2 if falls else 0)
     assert wide.n_step == (1000 if falls else 1)
-    assert config.actor_decay_updates == 1000
-    long = td3_bst.resolve(Config(), domain, logged(SPREAD, terminal), 300_000)
+    assert config.actor_decay_updates == 100_000
+    long, short = (resolve(Config(), 2 * SPREAD, n) for n in (300_000, 1000))
     assert long.actor_decay_updates == (100_000 if falls else 300_000)
+    assert long.q_weight == wide.q_weight
+    assert short.q_weight == (0.25 if falls else wide.q_weight)
     follows = {"n_step", "obs_noise"} | ({"floor"} if domain == "pointmaze" else set())
     follows |= {"supervisor_gradient", "polyak"} if moves and not falls else set()
     for name in td3_bst.DEFAULTS[domain].keys() - follows:
@@ -179,6 +181,18 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
     assert config.polyak == (0.005 if moves and not falls else fast)
     assert not {None, ()} & {*vars(config).values()}
     assert config.batch_size == 7
+
+
+@pytest.mark.parametrize("num_falls", [0, 1, 3])
+def test_what_falls_decide(num_falls: int):
+    data = jax.tree.map(lambda x: np.repeat(x, 500, axis=0), logged(2 * SPREAD, 0.0))
+    data.terminal[:num_falls] = 1  # of 2,000 transitions: never, seldom, often
+    config = td3_bst.resolve(Config(), "locomotion", data, 50_000)
+    assert config.q_weight == {0: 100, 1: 25, 3: 12.5}[num_falls]
+    assert config.supervisor_gradient is (num_falls > 0)
+    assert config.polyak == (0.02 if num_falls else 0.005)
+    assert config.n_step == (1000 if num_falls == 3 else 1)
+    assert (config.obs_noise == 0) is (num_falls < 3)
 
 
 @pytest.mark.parametrize("domain", td3_bst.DEFAULTS)
