@@ -12,7 +12,7 @@ default) takes TD3-BST's policy step: it follows Q where a Morse network is cert
                pi(.|s) = N(tanh(m(s)), diag(sigma^2)), played at its mode
     bst      : L_pi = mean[omega(s) ||pi(s) - a||^2 - Q_1(s, pi(s)) / Z_Q],
                omega(s) = min(exp((1 - M(s, pi(s))) / mu) - 1, cap) + floor,
-               Z_Q = mean |Q_1(s, pi(s))|; pi of s + noise where agents fall, `noisy`
+               Z_Q = mean |Q_1(s, pi(s))|; pi of s + noise, see `noisy`
 
 Papers Kostrikov, Nair & Levine, ICLR 2022, arXiv 2110.06169 (IQL);
        Srinivasan & Knottenbelt, IJCAI 2024, arXiv 2404.16399 (the BST step).
