@@ -161,21 +161,22 @@ def resolve(
     """
     defaults = DEFAULTS[domain] | {"scale": data.action.shape[1] / 2}
     defaults["actor_decay_updates"] = num_updates
-    falls = float(np.mean(data.terminal)) if domain == "locomotion" else None
-    often = falls is not None and falls > MANY_FALLS
+    moves = domain == "locomotion"
+    often = moves and np.mean(data.terminal) > MANY_FALLS
+    never = moves and not np.any(data.terminal)
     if often:
         defaults["n_step"] = 1000  # to the episode's end
         defaults["actor_decay_updates"] = min(num_updates, LOCOMOTION_UPDATES)
-    if falls == 0:
+    if never:
         defaults |= NO_FALLS
     spread = partial(morse.action_spread, data.obs, data.action)
     if domain == "pointmaze" and config.floor is None:
         defaults["floor"] = FLOOR_PER_SPREAD * spread() ** 4
-    if domain == "locomotion" and None in (config.q_weight, config.obs_noise):
-        sigma, largest = spread(), LARGEST_FOR_FALLS if falls else LARGEST_Q_WEIGHT
+    if moves and None in (config.q_weight, config.obs_noise):
+        sigma, largest = spread(), LARGEST_Q_WEIGHT if never else LARGEST_FOR_FALLS
         if often:
             defaults["obs_noise"] = NOISE_PER_SPREAD * sigma
-            largest *= min(num_updates / LOCOMOTION_UPDATES, 1.0)
+            largest *= defaults["actor_decay_updates"] / LOCOMOTION_UPDATES
         defaults["q_weight"] = min(Q_PER_SPREAD * sigma**4, largest)
     unset = {k: v for k, v in defaults.items() if getattr(config, k) in (None, ())}
     return dataclasses.replace(config, **unset)

@@ -80,6 +80,13 @@ def logged(action: np.ndarray, terminal: float) -> Any:
     return Transition(*columns)
 
 
+def walked(action: np.ndarray, num_falls: int) -> Any:
+    """`logged` 500 times over: of 2,000 transitions so many are falls."""
+    data = jax.tree.map(lambda x: np.repeat(x, 500, axis=0), logged(action, 0.0))
+    data.terminal[:num_falls] = 1
+    return data
+
+
 def net(*layers: tuple[Any, Any]) -> dict[str, Any]:
     """{Dense_i: kernel (in, out), bias (out,)} from one pair per layer."""
     return {

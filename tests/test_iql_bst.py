@@ -24,6 +24,7 @@ from helpers import (
     net,
     random_data,
     twins,
+    walked,
 )
 
 import iql_bst
@@ -209,6 +210,13 @@ def test_the_bst_step_has_noise_where_agents_fall(domain: str, step: Any, termin
     config = iql_bst.resolve(unset, domain, logged(SPREAD, terminal), RETURNS, 1000)
     falls = terminal and domain == "locomotion" and step == "bst"
     assert config.obs_noise == pytest.approx(0.2 / 2 if falls else 0)
+
+
+@pytest.mark.parametrize(("num_falls", "noise"), [(1, 0.0), (3, 0.1)])
+def test_the_bst_step_has_no_noise_where_agents_seldom_fall(num_falls, noise):
+    data = walked(SPREAD, num_falls)
+    config = iql_bst.resolve(Config(), "locomotion", data, RETURNS, 1000)
+    assert config.obs_noise == pytest.approx(noise)
 
 
 @STEPS

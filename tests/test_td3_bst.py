@@ -33,6 +33,7 @@ from helpers import (
     update,
     update_actor,
     update_critics,
+    walked,
 )
 from reference import (
     finite_differences,
@@ -185,8 +186,7 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
 
 @pytest.mark.parametrize("num_falls", [0, 1, 3])
 def test_what_falls_decide(num_falls: int):
-    data = jax.tree.map(lambda x: np.repeat(x, 500, axis=0), logged(2 * SPREAD, 0.0))
-    data.terminal[:num_falls] = 1  # of 2,000 transitions: never, seldom, often
+    data = walked(2 * SPREAD, num_falls)  # never, seldom, often
     config = td3_bst.resolve(Config(), "locomotion", data, 50_000)
     assert config.q_weight == {0: 100, 1: 25, 3: 12.5}[num_falls]
     assert config.supervisor_gradient is (num_falls > 0)
