@@ -10,19 +10,18 @@ default) takes TD3-BST's policy step: it follows Q where a Morse network is cert
     L_Q      = sum_i mean[(Q_i(s, a) - y)^2]
     awr      : L_pi = -mean[min(exp(beta u), 100) log pi(a|s)],
                pi(.|s) = N(tanh(m(s)), diag(sigma^2)), played at its mode
-    bst      : L_pi = mean[omega(s) ||pi(s) - a||^2 - Q_1(s, pi(s)) / Z_Q],
+    bst      : L_pi = mean[omega(s) ||pi(s) - a||^2 - w Q_1(s, pi(s)) / Z_Q],
                omega(s) = min(exp((1 - M(s, pi(s))) / mu) - 1, cap) + floor,
-               Z_Q = mean |Q_1(s, pi(s))|; pi of s + noise, see `noisy`
+               Z_Q = mean |Q_1(s, pi(s))|; w: 1, or ours; pi of s + noise, see `noisy`
 
 Papers Kostrikov, Nair & Levine, ICLR 2022, arXiv 2110.06169 (IQL);
        Srinivasan & Knottenbelt, IJCAI 2024, arXiv 2404.16399 (the BST step).
 Run    uv run iql_bst.py
-Copy   this file and morse.py; delete `main`. Needs jax, flax, optax, chex.
+Copy   morse.py and this file up to `main`. Needs jax, flax, optax, chex.
 Shapes B batch, N transitions, S observation, A action; actions lie in [-1, 1].
 """
 
 import dataclasses
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -56,7 +55,7 @@ class Config:
     omega_cap: float = 10.0  # bst: largest omega, less the floor; 0: none
     scale: float | None = None  # bst: lam, the Morse kernel's scale; unset: dim(A) / 2
     supervisor_gradient: bool | None = None  # bst: also through omega; unset: by domain
-    q_weight: float = 1.0  # bst: of Q / Z_Q; dim(A): the distance as a mean
+    q_weight: float | None = None  # bst: w, of Q / Z_Q; unset: by domain and spread
     obs_noise: float | None = None  # bst: std, see `noisy`; unset: 0, or for falls
     actor_critics: int = 1  # bst: 1: Q_1 for the actor; 2: the smaller Q of both
     discount: float | None = None  # gamma, per step; unset: by domain
@@ -112,6 +111,7 @@ LOCOMOTION = {
     "mu": 0.1,
     "floor": 0.1,
     "supervisor_gradient": True,
+    "q_weight": 1.0,
     "discount": 0.99,
     "reward_scale": 1.0,
     "reward_shift": 0.0,
@@ -130,6 +130,8 @@ POINTMAZE = {
 }
 ANTMAZE = {"floor": 5.0, "reward_shift": -1.0}
 MAZE = {"expectile": 0.9, "beta": 10.0}
+Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
+LARGEST_Q_WEIGHT = 5.0  # that a spread may ask for
 MANY_FALLS = 1e-3  # terminal transitions of all, above which agents often fall
 NOISE_PER_SPREAD = 0.5  # where they do: obs_noise over the spread of the actions
 DEFAULTS = {  # IQL's code; mu as in td3_bst.py, pointmaze: results/LOG.md
@@ -150,8 +152,8 @@ def resolve(
 ) -> Config:
     """Returns `config` with every unset option at its domain's value.
 
-    Where agents often fall, which is what a terminal transition is in locomotion, the
-    BST step shows the actor states with noise, by the spread of the data's actions.
+    The spread of locomotion's actions decides w of the BST step and, where agents often
+    fall, which is what a terminal transition is there, the noise on the actor's states.
 
     Args:
         data: as it was logged, in its order; numpy.
@@ -166,10 +168,11 @@ def resolve(
         extent = float(np.ptp(episode_returns))
         known = extent > 1e-6 * np.abs(episode_returns).max()  # more than rounding
         defaults["reward_scale"] = 1000.0 / extent if known else 1.0
-    often = domain == "locomotion" and np.mean(data.terminal) > MANY_FALLS
-    if often and not awr and config.obs_noise is None:
-        spread = morse.action_spread(data.obs, data.action)
-        defaults["obs_noise"] = NOISE_PER_SPREAD * spread
+        if not awr and None in (config.q_weight, config.obs_noise):
+            sigma = morse.action_spread(data.obs, data.action)
+            defaults["q_weight"] = min(Q_PER_SPREAD * sigma**4, LARGEST_Q_WEIGHT)
+            if np.mean(data.terminal) > MANY_FALLS:
+                defaults["obs_noise"] = NOISE_PER_SPREAD * sigma
     if domain != "pointmaze":
         defaults["normalize_obs"] = not awr
     unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
@@ -385,6 +388,7 @@ def actor_loss(
     asked = jax.tree.map(lambda x: x[: config.actor_critics], critics)
     q = q_values(asked, batch.obs, action, config).min(axis=0)
     z_q = jax.lax.stop_gradient(jnp.abs(q).mean())
+    z_q = jnp.where(z_q > 0, z_q, 1.0)  # 0: a fresh critic, of states that are all 0
     judged = action if config.supervisor_gradient else jax.lax.stop_gradient(action)
     omega, uncertainty = supervisor(bst, batch.obs, judged, config)
     distance = jnp.square(action - batch.action).sum(axis=-1)  # (B,)
@@ -602,11 +606,17 @@ def train(
 
 def main(args: list[str] | None = None) -> None:
     """Loads, pretrains, trains, evaluates and writes; see `--help`."""
+    import time
+
     from common import datasets, run, seeds
+    from common.errors import UserError
     from common.options import parse
     from common.options import resolve as resolve_options
 
     options, config = parse("iql_bst", Config(), __doc__ or "", args, TRACED)
+    awr = config.policy_step == "awr"
+    if awr and set(options.swept) - {"expectile"}:
+        raise UserError("--sweep: with --policy-step awr only expectile changes a run")
     begin = time.perf_counter()
     seeds.use_cores(len(options.lanes))
     dataset = datasets.load(options.dataset, options.eval_map, options.best_fraction)
@@ -619,8 +629,8 @@ def main(args: list[str] | None = None) -> None:
         print(
             "warning: with mu below 0.025 the actor's first gradients overflow float32"
         )
-    awr, lam, net = config.policy_step == "awr", config.scale, config.morse_net
-    reused = run.reused_networks(options, dataset, mean, lam, net)
+    lam, net = config.scale, config.morse_net
+    reused = run.reused_networks(options, dataset, mean, lam, net, not awr)
     job = run.Run("iql_bst", options, config, dataset, mean, std)
     job.wall["load"] = time.perf_counter() - begin
     data = job.place(data)

@@ -12,12 +12,11 @@ plain behaviour cloning with squared error.
 
 Paper  Fujimoto & Gu, NeurIPS 2021, arXiv 2106.06860.
 Run    uv run td3_bc.py
-Copy   this file; delete `main`. Needs jax, flax, optax, chex.
+Copy   this file up to `main`. Needs jax, flax, optax, chex.
 Shapes B batch, N transitions, S observation, A action; actions lie in [-1, 1].
 """
 
 import dataclasses
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -244,6 +243,7 @@ def actor_loss(
     asked = jax.tree.map(lambda x: x[:1], critics)
     q = q_values(asked, batch.obs, action, config)[0]
     z_q = jax.lax.stop_gradient(jnp.abs(q).mean())
+    z_q = jnp.where(z_q > 0, z_q, 1.0)  # 0: a fresh critic, of states that are all 0
     distance = jnp.square(action - batch.action).sum(axis=-1)  # (B,)
     loss = distance.mean() / action.shape[-1] - alpha * q.mean() / z_q
     return loss, {"actor_loss": loss, "q": q.mean(), "distance": distance.mean()}
@@ -404,13 +404,15 @@ def n_step(data: Transition, episode: np.ndarray, config: Config) -> Transition:
 
     Args:
         data: as `prepare` returns it, its episodes one after the other, each in order.
-        episode: (N,) which episode a transition is of.
+        episode: (N,) which episode a transition is of; it ends at a terminal one too.
     """
-    gamma, steps = config.discount or 0.0, config.n_step
+    gamma, steps = config.discount, config.n_step
     if steps in (None, 1):
         return data
+    if gamma is None or len(episode) != len(data.reward):
+        raise ValueError("expected a resolved config, and every transition's episode")
     here = np.arange(len(episode))
-    is_end = np.diff(episode, append=-1) != 0
+    is_end = np.append(np.diff(episode) != 0, True) | (np.asarray(data.terminal) > 0)
     end = np.flatnonzero(is_end)[np.cumsum(is_end) - is_end]
     last = np.minimum(here + steps - 1, end)
     total, to_go = 0.0, np.zeros(len(here) + 1)  # discounted, to the episode's end
@@ -457,6 +459,8 @@ def train(
 
 def main(args: list[str] | None = None) -> None:
     """Loads, pretrains, trains, evaluates and writes; see `--help`."""
+    import time
+
     import morse  # a diagnostic here: how certain are the policy's actions?
     from common import datasets, run, seeds
     from common.options import parse
@@ -472,7 +476,7 @@ def main(args: list[str] | None = None) -> None:
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config
     )
     lam, net = dataset.action_dim / 2, morse.Config()
-    reused = run.reused_networks(options, dataset, mean, lam, net)
+    reused = run.reused_networks(options, dataset, mean, lam, net, False)
     job = run.Run("td3_bc", options, config, dataset, mean, std)
     job.wall["load"] = time.perf_counter() - begin
     data = job.place(n_step(data, dataset.episode, config))

@@ -15,12 +15,11 @@ where it is not. Q improves the policy inside the data's support and nowhere els
 
 Paper  Srinivasan & Knottenbelt, IJCAI 2024, arXiv 2404.16399.
 Run    uv run td3_bst.py
-Copy   this file and morse.py; delete `main`. Needs jax, flax, optax, chex.
+Copy   morse.py and this file up to `main`. Needs jax, flax, optax, chex.
 Shapes B batch, N transitions, S observation, A action; actions lie in [-1, 1].
 """
 
 import dataclasses
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -49,7 +48,7 @@ class Config:
     floor: float | None = None  # omega where M is 1; unset: by domain and spread
     omega_cap: float = 10.0  # largest omega, less the floor; 0: none
     scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
-    supervisor_gradient: bool | None = None  # also through omega; unset: as polyak
+    supervisor_gradient: bool | None = None  # through omega; unset: by domain, falls
     q_weight: float | None = None  # w, of Q / Z_Q; unset: by domain and spread
     obs_noise: float | None = None  # std, see `noisy`; unset: 0, or for falls
     actor_critics: int = 1  # 1: Q_1 for the actor; 2: the smaller Q of both
@@ -151,13 +150,13 @@ def resolve(
     the wider they are, the less certainty tells apart. A terminal transition of
     locomotion is a fall. Where agents often fall, critics learn the data's returns, to
     its end, and the actor is shown states with noise; it stands still after
-    LOCOMOTION_UPDATES, because following such critics for longer wears it down, and a
-    shorter run has its share of w, for critics that are not there yet. Where they never
-    fall w may be larger, targets are slow, and there is no gradient through omega.
+    LOCOMOTION_UPDATES, because following such critics for longer wears it down, and one
+    that does so sooner has its share of w, for critics that are not there yet. Where
+    they never fall w may be larger, targets are slow, omega is a weight and no more.
 
     Args:
         data: as it was logged, in its order; numpy.
-        num_updates: of the whole run, over which the actor's learning rate else decays.
+        num_updates: of the whole run, over which the actor's learning rate goes to 0.
     """
     defaults = DEFAULTS[domain] | {"scale": data.action.shape[1] / 2}
     defaults["actor_decay_updates"] = num_updates
@@ -176,7 +175,9 @@ def resolve(
         sigma, largest = spread(), LARGEST_Q_WEIGHT if never else LARGEST_FOR_FALLS
         if often:
             defaults["obs_noise"] = NOISE_PER_SPREAD * sigma
-            largest *= defaults["actor_decay_updates"] / LOCOMOTION_UPDATES
+            decay = config.actor_decay_updates
+            decay = defaults["actor_decay_updates"] if decay is None else decay
+            largest *= min(1.0, (decay or LOCOMOTION_UPDATES) / LOCOMOTION_UPDATES)
         defaults["q_weight"] = min(Q_PER_SPREAD * sigma**4, largest)
     unset = {k: v for k, v in defaults.items() if getattr(config, k) in (None, ())}
     return dataclasses.replace(config, **unset)
@@ -330,6 +331,7 @@ def actor_loss(
     asked = jax.tree.map(lambda x: x[: config.actor_critics], critics)
     q = q_values(asked, batch.obs, action, config).min(axis=0)
     z_q = jax.lax.stop_gradient(jnp.abs(q).mean())
+    z_q = jnp.where(z_q > 0, z_q, 1.0)  # 0: a fresh critic, of states that are all 0
     judged = action if config.supervisor_gradient else jax.lax.stop_gradient(action)
     omega, uncertainty = supervisor(bst, batch.obs, judged, config)
     distance = jnp.square(action - batch.action).sum(axis=-1)  # (B,)
@@ -499,13 +501,15 @@ def n_step(data: Transition, episode: np.ndarray, config: Config) -> Transition:
 
     Args:
         data: as `prepare` returns it, its episodes one after the other, each in order.
-        episode: (N,) which episode a transition is of.
+        episode: (N,) which episode a transition is of; it ends at a terminal one too.
     """
-    gamma, steps = config.discount or 0.0, config.n_step
+    gamma, steps = config.discount, config.n_step
     if steps in (None, 1):
         return data
+    if gamma is None or len(episode) != len(data.reward):
+        raise ValueError("expected a resolved config, and every transition's episode")
     here = np.arange(len(episode))
-    is_end = np.diff(episode, append=-1) != 0
+    is_end = np.append(np.diff(episode) != 0, True) | (np.asarray(data.terminal) > 0)
     end = np.flatnonzero(is_end)[np.cumsum(is_end) - is_end]
     last = np.minimum(here + steps - 1, end)
     total, to_go = 0.0, np.zeros(len(here) + 1)  # discounted, to the episode's end
@@ -552,6 +556,8 @@ def train(
 
 def main(args: list[str] | None = None) -> None:
     """Loads, pretrains, trains, evaluates and writes; see `--help`."""
+    import time
+
     from common import datasets, run, seeds
     from common.options import parse
     from common.options import resolve as resolve_options
@@ -572,7 +578,7 @@ def main(args: list[str] | None = None) -> None:
             "warning: with mu below 0.025 the actor's first gradients overflow float32"
         )
     lam, net = config.scale, config.morse_net
-    reused = run.reused_networks(options, dataset, mean, lam, net)
+    reused = run.reused_networks(options, dataset, mean, lam, net, True)
     job = run.Run("td3_bst", options, config, dataset, mean, std)
     job.wall["load"] = time.perf_counter() - begin
     data = job.place(n_step(data, dataset.episode, config))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import urllib.error
 import urllib.request
 import zipfile
@@ -258,6 +259,12 @@ def read(path: Path, source: str, name: str) -> Transitions:
         ended = rows["terminals"]
         keep |= ended
         rows["next_observations"][ended] = rows["observations"][ended]
+    if 0 < keep.sum() < len(keep) / 2:
+        print(
+            f"warning: {source}: {keep.sum():,} of {len(keep):,} rows are used; the "
+            "others have timeouts true, which is said of an episode's last row alone",
+            file=sys.stderr,
+        )
     if maze:
         keep &= until_success(rows["rewards"], rows["episodes"])
         rows["terminals"] = rows["terminals"] | (rows["rewards"] > 0)

@@ -813,16 +813,37 @@ def _identity(
 
 
 def reused_networks(
-    options: RunOptions, dataset: Dataset, obs_mean: np.ndarray, scale: Any, config: Any
+    options: RunOptions,
+    dataset: Dataset,
+    obs_mean: np.ndarray,
+    scale: Any,
+    config: Any,
+    is_needed: bool,
 ) -> list[Any] | None:
     """The networks that --morse names, one per lane; None without it.
 
-    Call before the run has a folder: a network that does not fit is a UserError. A
-    resumed run takes its own copies, so that what --morse named may be gone.
+    Call before the run has a folder: a network that does not fit is a UserError, and so
+    is none where training `is_needed` one. A resumed run takes its own copies, so that
+    what --morse named may be gone.
     """
     if options.morse is None:
+        if is_needed and not options.num_morse_updates:
+            raise UserError(
+                "expected --num-morse-updates of 1 or more, or --morse RUN: omega is "
+                "read from a Morse network, which 0 leaves untrained"
+            )
         return None
     folders = [options.resume, options.morse] if options.resume else [options.morse]
+    if (options.morse / "config.json").is_file():
+        stored = checkpoint.read_json(options.morse / "config.json")
+        data, told = stored.get("dataset"), stored.get("options")
+        is_known = isinstance(data, dict) and isinstance(told, dict)
+        if is_known and data.get("fingerprint") != dataset.fingerprint:
+            raise UserError(
+                f"the Morse networks in {options.morse} were fitted to "
+                f"{told.get('dataset')}, this run's data is {dataset.name}, or other "
+                "episodes of it: give --dataset and --best-fraction as there"
+            )
     init = partial(morse.init, config=config)
     shape = jax.eval_shape(
         lambda key: init(key, dataset.obs_dim, dataset.action_dim), jax.random.key(0)

@@ -372,6 +372,14 @@ def test_terminal_rows_of_own_arrays_are_kept(home):
     assert data.episode.tolist() == [0, 0, 0, 0, 0, 1]
 
 
+@pytest.mark.parametrize(("timeouts", "warned"), [((4,), False), (range(5), True)])
+def test_timeouts_at_most_rows_are_warned_of(timeouts, warned, home, capsys):
+    arrays = own_arrays(timeouts=np.isin(np.arange(6), timeouts))
+    datasets.load(save(home / "mine.npz", arrays))
+    told = "mine.npz: 1 of 6 rows are used"
+    assert (told in capsys.readouterr().err) is warned
+
+
 def test_rows_of_own_arrays_are_those_of_qlearning_dataset(home):
     # The time-out at row 4 and the last row are lost; the terminal stays terminal, and
     # does not look into the next episode.

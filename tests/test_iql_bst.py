@@ -198,18 +198,21 @@ def test_resolve_fills_what_is_unset(domain: str, step: Any):
     assert (config.batch_size, config.policy_step) == (7, step)
     assert config.actor_decay_updates == 1000
     for name, value in iql_bst.DEFAULTS[domain].items():
-        if name not in ("reward_scale", "normalize_obs"):
+        if name not in ("reward_scale", "normalize_obs", "q_weight"):
             assert getattr(config, name) == value
 
 
 @STEPS
 @pytest.mark.parametrize("domain", iql_bst.DEFAULTS)
 @pytest.mark.parametrize("terminal", [0.0, 1.0])
-def test_the_bst_step_has_noise_where_agents_fall(domain: str, step: Any, terminal):
+def test_the_bst_step_reads_noise_and_w_in_locomotion(domain: str, step: Any, terminal):
     unset = Config(policy_step=step)
     config = iql_bst.resolve(unset, domain, logged(SPREAD, terminal), RETURNS, 1000)
-    falls = terminal and domain == "locomotion" and step == "bst"
-    assert config.obs_noise == pytest.approx(0.2 / 2 if falls else 0)
+    reads = domain == "locomotion" and step == "bst"
+    assert config.obs_noise == pytest.approx(0.2 / 2 if reads and terminal else 0)
+    assert config.q_weight == (5 if reads else 1)  # 9000 (.2)^4 = 14
+    narrow = iql_bst.resolve(unset, domain, logged(SPREAD / 2, 0.0), RETURNS, 1000)
+    assert narrow.q_weight == pytest.approx(9000 * 0.1**4 if reads else 1)
 
 
 @pytest.mark.parametrize(("num_falls", "noise"), [(1, 0.0), (3, 0.1)])
@@ -231,6 +234,7 @@ def test_resolve_keeps_what_is_set(domain: str, step: Any):
         floor=0.0,
         scale=4.0,
         supervisor_gradient=False,
+        q_weight=0.0,
         discount=0.0,
         reward_scale=2.0,
         reward_shift=0.0,
@@ -294,7 +298,7 @@ def test_bst_takes_observations_as_td3_bst_does():
             assert bst.supervisor_gradient is other.supervisor_gradient is False
         moved: dict[str, Any] = dict(policy_step="awr")
         moved["normalize_obs"] = awr.normalize_obs
-        moved["obs_noise"] = 0.0
+        moved["obs_noise"], moved["q_weight"] = 0.0, 1.0
         assert dataclasses.replace(bst, **moved) == awr
 
 

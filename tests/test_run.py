@@ -527,6 +527,41 @@ def test_a_network_fitted_otherwise_is_refused(
     assert list(tmp_path.iterdir()) == [first], "the refused run left a folder"
 
 
+def test_a_network_fitted_to_other_data_is_refused(capsys, tmp_path, arrays_file):
+    other = tmp_path / "other.npz"
+    np.savez(other, **{**np.load(arrays_file), "rewards": np.zeros(200, np.float32)})
+    args = ("--num-updates", 10, "--run-dir", tmp_path / "runs")
+    first = train(capsys, *args, "--dataset", arrays_file)
+    with pytest.raises(UserError, match=r"own\.npz, this run's data is .*other\.npz"):
+        train(capsys, *args, "--dataset", other, "--morse", first)
+    assert list((tmp_path / "runs").iterdir()) == [first]
+
+
+def test_a_sweep_that_changes_no_run_of_awr_is_refused(tmp_path, arrays_file):
+    args = ["--dataset", str(arrays_file), "--run-dir", str(tmp_path / "runs")]
+    with pytest.raises(UserError, match="only expectile changes a run"):
+        iql_bst.main([*args, "--policy-step", "awr", "--sweep", "mu=.1,.2"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_observations_that_are_constant_train(capsys, tmp_path):
+    # A bandit: standardised to 0, where a fresh critic of IQL's is 0 and so is Z_Q.
+    rows = np.arange(40)
+    np.savez(
+        path := tmp_path / "bandit.npz",
+        observations=np.ones((40, 3), np.float32),
+        actions=np.linspace(-0.9, 0.9, 40, dtype=np.float32)[:, None],
+        rewards=rows.astype(np.float32),
+        terminals=rows >= 0,
+        timeouts=rows < 0,
+    )
+    args = ["--dataset", path, "--num-updates", 10, "--run-dir", tmp_path, *SMALL]
+    iql_bst.main([*map(str, args)])
+    told = capsys.readouterr()
+    assert "diverged" not in told.err
+    assert json.loads((Path(told.out.splitlines()[-1]) / "result.json").read_text())
+
+
 def test_td3_bc_refuses_a_network_before_it_trains(capsys, tmp_path, arrays_file):
     args = ["--dataset", str(arrays_file), "--num-updates", "10", "--hidden-dims", "8"]
     with pytest.raises(UserError, match="no Morse network of scale 1 and seed 0"):
@@ -656,6 +691,7 @@ def test_a_reader_that_is_gone_is_one_line(stream, exits, capsys):
         (["--scale", "inf"], "scale must be finite, got inf"),
         (["--reward-shift", "nan"], "reward_shift must be finite, got nan"),
         (["--num-updates", "0"], "num_updates must be at least 1, got 0"),
+        (["--num-morse-updates", "0"], "expected --num-morse-updates of 1 or more"),
         (["--best-fraction", "0"], "best_fraction must lie in (0, 1], got 0.0"),
         (["--num-seeds", "0"], "num_seeds must be at least 1, got 0"),
         (["--scale", "-1"], "scale must be above 0, got -1.0"),

@@ -195,6 +195,16 @@ def test_what_falls_decide(num_falls: int):
     assert (config.obs_noise == 0) is (num_falls < 3)
 
 
+@pytest.mark.parametrize(("decay", "w"), [(50_000, 12.5), (200_000, 25), (0, 25)])
+def test_the_share_of_w_is_that_of_the_actors_decay(decay: int, w: float):
+    # So a run that is to be extended has from the beginning what the whole run has.
+    data = walked(2 * SPREAD, 3)
+    config = Config(actor_decay_updates=decay)
+    for num_updates in (20_000, 300_000):
+        resolved = td3_bst.resolve(config, "locomotion", data, num_updates)
+        assert resolved.q_weight == w
+
+
 @pytest.mark.parametrize("domain", td3_bst.DEFAULTS)
 def test_resolve_keeps_what_is_set(domain: str):
     # False and 0 are set, not unset.
@@ -514,6 +524,17 @@ def test_z_q_is_a_constant_to_the_gradient():
     batch = transitions(2)
     grad, _ = actor_grad(actor_net([0], [0.5]), critics, bst, batch, HAND)
     assert float(grad["params"]["Dense_1"]["bias"][0]) == pytest.approx(-1.5, abs=1e-5)
+
+
+def test_a_q_of_zero_is_no_nan():
+    # Z_Q = 0: the loss is the pull alone, and the gradient Q's own.
+    nothing = critic_net(0, [0], 0)
+    bst = bst_of(net(([[0], [0]], [0])), scale=0.0, floor=1.0)
+    batch, actor = transitions(2), actor_net([0], [0.5])
+    grad, metrics = actor_grad(actor, twins(nothing, nothing), bst, batch, HAND)
+    assert float(metrics["actor_loss"]) == pytest.approx(0.25)
+    # d/db of tanh(b)^2 = 2 (.5) (1 - .5^2)
+    assert float(grad["params"]["Dense_1"]["bias"][0]) == pytest.approx(0.75, abs=1e-5)
 
 
 def test_certainty_one_leaves_td3():
@@ -969,6 +990,20 @@ def test_more_steps_than_an_episode_has_are_its_return():
         assert data.reward.tolist() == [3, 4, 4, 16, 16]
         assert data.next_obs.ravel().tolist() == [102, 102, 102, 104, 104]
         assert data.terminal.tolist() == [1, 1, 1, 0.5, 0]
+
+
+@pytest.mark.parametrize("label", [0, -1])
+def test_a_terminal_transition_ends_an_episode_whose_label_goes_on(label: int):
+    flat: Any = np.ones(4, np.float32)
+    rows = flat[:, None]
+    terminal: Any = np.array([0, 1, 0, 0], np.float32)
+    data = Transition(rows, rows, flat, rows, terminal)
+    config = dataclasses.replace(SMALL, n_step=1000, discount=0.5)
+    data = td3_bst.n_step(data, np.full(4, label), config)
+    assert data.reward.tolist() == [1.5, 1, 1.5, 1]
+    assert data.terminal.tolist() == [1, 1, 0.5, 0]
+    with pytest.raises(ValueError, match="every transition's episode"):
+        td3_bst.n_step(data, np.zeros(3), config)
 
 
 def test_one_step_is_the_data_itself():
