@@ -837,8 +837,11 @@ def reused_networks(
     if (options.morse / "config.json").is_file():
         stored = checkpoint.read_json(options.morse / "config.json")
         data, told = stored.get("dataset"), stored.get("options")
-        is_known = isinstance(data, dict) and isinstance(told, dict)
-        if is_known and data.get("fingerprint") != dataset.fingerprint:
+        if (
+            isinstance(data, dict)
+            and isinstance(told, dict)
+            and data.get("fingerprint") != dataset.fingerprint
+        ):
             raise UserError(
                 f"the Morse networks in {options.morse} were fitted to "
                 f"{told.get('dataset')}, this run's data is {dataset.name}, or other "
