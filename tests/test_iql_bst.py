@@ -37,6 +37,7 @@ SMALL = Config(
     expectile=0.7,
     beta=2.0,
     obs_noise=0.0,
+    q_weight=1.0,
     mu=0.5,
     scale=1.0,
     supervisor_gradient=True,

@@ -297,6 +297,7 @@ def random_bandit() -> Transition:
 
 IQL = iql_bst.Config(
     supervisor_gradient=True,
+    q_weight=1.0,
     beta=1.0,
     mu=0.5,
     discount=0.9,
