@@ -130,8 +130,7 @@ POINTMAZE = {
 }
 ANTMAZE = {"floor": 5.0, "reward_shift": -1.0}
 MAZE = {"expectile": 0.9, "beta": 10.0}
-Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
-LARGEST_Q_WEIGHT = 5.0  # that a spread may ask for
+Q_PER_SPREAD = 315.0  # locomotion: q_weight over the spread of the actions, ^4
 MANY_FALLS = 1e-3  # terminal transitions of all, above which agents often fall
 NOISE_PER_SPREAD = 0.5  # where they do: obs_noise over the spread of the actions
 DEFAULTS = {  # IQL's code; mu as in td3_bst.py, pointmaze: results/LOG.md
@@ -170,7 +169,7 @@ def resolve(
         defaults["reward_scale"] = 1000.0 / extent if known else 1.0
         if not awr and None in (config.q_weight, config.obs_noise):
             sigma = morse.action_spread(data.obs, data.action)
-            defaults["q_weight"] = min(Q_PER_SPREAD * sigma**4, LARGEST_Q_WEIGHT)
+            defaults["q_weight"] = float(f"{Q_PER_SPREAD * sigma**4:.2g}")
             if np.mean(data.terminal) > MANY_FALLS:
                 defaults["obs_noise"] = NOISE_PER_SPREAD * sigma
     if domain != "pointmaze":

@@ -211,9 +211,9 @@ def test_the_bst_step_reads_noise_and_w_in_locomotion(domain: str, step: Any, te
     config = iql_bst.resolve(unset, domain, logged(SPREAD, terminal), RETURNS, 1000)
     reads = domain == "locomotion" and step == "bst"
     assert config.obs_noise == pytest.approx(0.2 / 2 if reads and terminal else 0)
-    assert config.q_weight == (5 if reads else 1)  # 9000 (.2)^4 = 14
-    narrow = iql_bst.resolve(unset, domain, logged(SPREAD / 2, 0.0), RETURNS, 1000)
-    assert narrow.q_weight == pytest.approx(9000 * 0.1**4 if reads else 1)
+    assert config.q_weight == (0.5 if reads else 1)  # 315 (.2)^4 = .504
+    wide = iql_bst.resolve(unset, domain, logged(2 * SPREAD, 0.0), RETURNS, 1000)
+    assert wide.q_weight == (8.1 if reads else 1)  # 315 (.4)^4 = 8.064
 
 
 @pytest.mark.parametrize(("num_falls", "noise"), [(1, 0.0), (3, 0.1)])

@@ -29,7 +29,7 @@ IQL_BST = {
     "DEFAULTS": "IQL's settings",
     "TRACED": "the expectile",
     "resolve": "rewards scaled by the returns' range",
-    "LARGEST_Q_WEIGHT": "what IQL's critics stand",
+    "Q_PER_SPREAD": "what IQL's critics stand",
     "AgentState": "a value, no target actor",
     "dense": "IQL's initialisation",
     "Actor": "the log sigma of AWR",
@@ -48,7 +48,7 @@ ONLY_BST |= {"FLOOR_PER_SPREAD", "CAREFUL", "LARGEST_FOR_FALLS", "NO_FALLS"}
 ONLY_BST |= {"LOCOMOTION_UPDATES", "MANY_FALLS"}
 NOT_IQL = {"n_step", "DEEPER"} | ONLY_BST
 NOT_IQL -= {"Supervisor", "supervisor", "NOISE_PER_SPREAD", "MANY_FALLS"}
-NOT_IQL -= {"Q_PER_SPREAD", "LARGEST_Q_WEIGHT"}
+NOT_IQL -= {"Q_PER_SPREAD"}
 ONLY_IQL = {
     "Value",
     "awr_loss",
