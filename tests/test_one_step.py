@@ -62,6 +62,7 @@ IQL = iql_bst.Config(
 IQL_BST = dataclasses.replace(
     IQL,
     policy_step="bst",
+    q_weight=1.0,
     mu=0.5,
     supervisor_gradient=True,
     actor_decay_updates=0,
