@@ -151,8 +151,9 @@ def resolve(
 ) -> Config:
     """Returns `config` with every unset option at its domain's value.
 
-    The spread of locomotion's actions decides w of the BST step and, where agents often
-    fall, which is what a terminal transition is there, the noise on the actor's states.
+    In locomotion the spread of the data's actions decides w of the BST step, to the two
+    digits that such a rule is good for, and, where agents often fall, which is what a
+    terminal transition is there, the noise on the states that the actor is shown.
 
     Args:
         data: as it was logged, in its order; numpy.
