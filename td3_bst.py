@@ -126,9 +126,12 @@ MAZE = {"q_weight": 1.0, "polyak": 0.01, "critic_layer_norm": True}
 CAREFUL = {"q_weight": 1.0, "supervisor_gradient": False}  # where nobody can look
 FLOOR_PER_SPREAD = 5.0  # PointMaze: floor over the spread of the actions, ^4
 Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
-LARGEST_Q_WEIGHT = 100.0  # that a spread may ask for
-LARGEST_FOR_FALLS = 25.0  # the same where agents fall
-NO_FALLS = {"supervisor_gradient": False, "polyak": 0.005}  # locomotion without any
+LARGEST_Q_WEIGHT = {"never": 100.0, "seldom": 8.0, "often": 25.0}  # by falls
+FALLS = {  # locomotion's, by how often agents fall
+    "never": {"supervisor_gradient": False, "polyak": 0.005},
+    "seldom": {"supervisor_gradient": False},
+    "often": {"n_step": 1000},  # rewards to the episode's end
+}
 MANY_FALLS = 1e-3  # terminal transitions of all, above which agents often fall
 NOISE_PER_SPREAD = 0.5  # where they do: obs_noise over the spread of the actions
 LOCOMOTION_UPDATES = 100_000  # a run's, unless told; where they do the actor's
@@ -152,7 +155,7 @@ def resolve(
     its end, and the actor is shown states with noise; it stands still after
     LOCOMOTION_UPDATES, because following such critics for longer wears it down, and one
     that does so sooner has its share of w, for critics that are not there yet. Where
-    they never fall w may be larger, targets are slow, omega is a weight and no more.
+    they seldom or never do, omega is a weight and no more.
 
     Args:
         data: as it was logged, in its order; numpy.
@@ -160,25 +163,23 @@ def resolve(
     """
     defaults = DEFAULTS[domain] | {"scale": data.action.shape[1] / 2}
     defaults["actor_decay_updates"] = num_updates
-    moves = domain == "locomotion"
-    often = moves and np.mean(data.terminal) > MANY_FALLS
-    never = moves and not np.any(data.terminal)
-    if often:
-        defaults["n_step"] = 1000  # to the episode's end
-        defaults["actor_decay_updates"] = min(num_updates, LOCOMOTION_UPDATES)
-    if never:
-        defaults |= NO_FALLS
+    share = np.mean(data.terminal)
+    falls = "never" if share == 0 else "often" if share > MANY_FALLS else "seldom"
     spread = partial(morse.action_spread, data.obs, data.action)
     if domain == "pointmaze" and config.floor is None:
         defaults["floor"] = FLOOR_PER_SPREAD * spread() ** 4
-    if moves and None in (config.q_weight, config.obs_noise):
-        sigma, largest = spread(), LARGEST_Q_WEIGHT if never else LARGEST_FOR_FALLS
-        if often:
-            defaults["obs_noise"] = NOISE_PER_SPREAD * sigma
-            decay = config.actor_decay_updates
-            decay = defaults["actor_decay_updates"] if decay is None else decay
-            largest *= min(1.0, (decay or LOCOMOTION_UPDATES) / LOCOMOTION_UPDATES)
-        defaults["q_weight"] = min(Q_PER_SPREAD * sigma**4, largest)
+    if domain == "locomotion":
+        defaults |= FALLS[falls]
+        if falls == "often":
+            defaults["actor_decay_updates"] = min(num_updates, LOCOMOTION_UPDATES)
+        if None in (config.q_weight, config.obs_noise):
+            sigma, largest = spread(), LARGEST_Q_WEIGHT[falls]
+            if falls == "often":
+                defaults["obs_noise"] = NOISE_PER_SPREAD * sigma
+                decay = config.actor_decay_updates
+                decay = defaults["actor_decay_updates"] if decay is None else decay
+                largest *= min(1.0, (decay or LOCOMOTION_UPDATES) / LOCOMOTION_UPDATES)
+            defaults["q_weight"] = min(Q_PER_SPREAD * sigma**4, largest)
     unset = {k: v for k, v in defaults.items() if getattr(config, k) in (None, ())}
     return dataclasses.replace(config, **unset)
 

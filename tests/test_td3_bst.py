@@ -188,8 +188,8 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
 def test_what_falls_decide(num_falls: int):
     data = walked(2 * SPREAD, num_falls)  # never, seldom, often
     config = td3_bst.resolve(Config(), "locomotion", data, 50_000)
-    assert config.q_weight == {0: 100, 1: 25, 3: 12.5}[num_falls]
-    assert config.supervisor_gradient is (num_falls > 0)
+    assert config.q_weight == {0: 100, 1: 8, 3: 12.5}[num_falls]
+    assert config.supervisor_gradient is (num_falls == 3)
     assert config.polyak == (0.02 if num_falls else 0.005)
     assert config.n_step == (1000 if num_falls == 3 else 1)
     assert (config.obs_noise == 0) is (num_falls < 3)
