@@ -130,6 +130,7 @@ POINTMAZE = {
 }
 ANTMAZE = {"floor": 5.0, "reward_shift": -1.0}
 MAZE = {"expectile": 0.9, "beta": 10.0}
+CAREFUL = {"beta": 0.5, "supervisor_gradient": False}  # beta: Kitchen's; untested
 Q_PER_SPREAD = 315.0  # locomotion: q_weight over the spread of the actions, ^4
 MANY_FALLS = 1e-3  # terminal transitions of all, above which agents often fall
 NOISE_PER_SPREAD = 0.5  # where they do: obs_noise over the spread of the actions
@@ -137,7 +138,7 @@ DEFAULTS = {  # IQL's code; mu as in td3_bst.py, pointmaze: results/LOG.md
     "locomotion": LOCOMOTION,
     "pointmaze": LOCOMOTION | MAZE | POINTMAZE,
     "antmaze": LOCOMOTION | MAZE | ANTMAZE,
-    "other": LOCOMOTION | {"beta": 0.5},  # as Kitchen and Adroit; untested
+    "other": LOCOMOTION | CAREFUL,
 }
 TRACED = ("mu", "floor", "scale", "expectile")  # may differ between lanes: --sweep
 

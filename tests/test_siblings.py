@@ -30,6 +30,7 @@ IQL_BST = {
     "TRACED": "the expectile",
     "resolve": "rewards scaled by the returns' range",
     "Q_PER_SPREAD": "what IQL's critics stand",
+    "CAREFUL": "beta instead of w, which is 1",
     "AgentState": "a value, no target actor",
     "dense": "IQL's initialisation",
     "Actor": "the log sigma of AWR",
@@ -48,7 +49,7 @@ ONLY_BST |= {"FLOOR_PER_SPREAD", "CAREFUL", "FALLS"}
 ONLY_BST |= {"LOCOMOTION_UPDATES", "MANY_FALLS"}
 NOT_IQL = {"n_step", "DEEPER"} | ONLY_BST
 NOT_IQL -= {"Supervisor", "supervisor", "NOISE_PER_SPREAD", "MANY_FALLS"}
-NOT_IQL -= {"Q_PER_SPREAD"}
+NOT_IQL -= {"Q_PER_SPREAD", "CAREFUL"}
 ONLY_IQL = {
     "Value",
     "awr_loss",
