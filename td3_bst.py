@@ -163,12 +163,12 @@ def resolve(
     """
     defaults = DEFAULTS[domain] | {"scale": data.action.shape[1] / 2}
     defaults["actor_decay_updates"] = num_updates
-    share = np.mean(data.terminal)
-    falls = "never" if share == 0 else "often" if share > MANY_FALLS else "seldom"
     spread = partial(morse.action_spread, data.obs, data.action)
     if domain == "pointmaze" and config.floor is None:
         defaults["floor"] = FLOOR_PER_SPREAD * spread() ** 4
     if domain == "locomotion":
+        share = np.mean(data.terminal)
+        falls = "never" if share == 0 else "often" if share > MANY_FALLS else "seldom"
         defaults |= FALLS[falls]
         if falls == "often":
             defaults["actor_decay_updates"] = min(num_updates, LOCOMOTION_UPDATES)
