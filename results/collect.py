@@ -62,7 +62,7 @@ class Options:
     num_steps: int = 250_000  # of the training, and of the replay
     num_medium: int = 200_000  # of the last policy, or of the maze's controller
     noise: float | None = None  # std on their actions; unset: 0.2, in a maze 0.5
-    seed: int = 0
+    seed: int = 0  # others are in the names: held/mujoco/walker2d-1/medium-v0
 
     def __post_init__(self) -> None:
         if self.num_steps % CHUNK or self.num_steps <= NUM_RANDOM:
@@ -72,6 +72,8 @@ class Options:
             )
         if self.num_medium < 1:
             raise ValueError(f"num_medium must be above 0, got {self.num_medium}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
         if self.noise is not None and not 0 <= self.noise < float("inf"):
             raise ValueError(f"noise must not be negative, got {self.noise}")
 
@@ -309,6 +311,7 @@ def collect_maze(options: Options, dataset_id: str) -> None:
 def main() -> None:
     options = tyro.cli(Options, description=(__doc__ or "").split("\n\n")[0])
     agent = options.env.rsplit("/")[-1].rsplit("-v")[0].lower()
+    agent += f"-{options.seed}" if options.seed else ""
     is_maze = agent.startswith("pointmaze_")
     kinds = ("medium-replay", "medium")
     ids = [f"held/mujoco/{agent}/{kind}-v0" for kind in kinds]

@@ -135,6 +135,10 @@ def test_drives_through_a_maze_end_at_their_goals(home, monkeypatch):
     assert data.terminal.sum() == sum(ends)
     with pytest.raises(UserError, match="is there already"):
         collect.main()
+    monkeypatch.setattr(sys, "argv", [*args, "--seed", "1"])
+    collect.main()  # beside it, and another
+    other = minari.load_dataset("held/pointmaze/umaze-1-v0")
+    assert (other[0].actions[:5] != made[0][0].actions[:5]).any()
 
 
 @pytest.mark.parametrize(
@@ -148,6 +152,7 @@ def test_drives_through_a_maze_end_at_their_goals(home, monkeypatch):
         (["Hopper-v5", "--num-steps", "10000"], "multiple of 100 above 10000"),
         (["Hopper-v5", "--num-medium", "0"], "num_medium must be above 0"),
         (["Hopper-v5", "--noise", "nan"], "noise must not be negative"),
+        (["Hopper-v5", "--seed", "-1"], "seed must not be negative"),
     ],
 )
 def test_what_cannot_be_made_is_one_clear_line(home, args, message):
