@@ -151,17 +151,18 @@ def uncertainty(
 # ================================================================ Spread of the actions
 
 
-def action_spread(obs: np.ndarray | Array, action: np.ndarray | Array) -> float:
-    """sigma, the spread of the data's actions around what is done in such states.
+def like_states(
+    obs: np.ndarray | Array, action: np.ndarray | Array
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of transitions in like states, and how differently they act.
 
-    The root of half the mean squared difference, per dimension, to the action in the
-    nearest state at least 1000 steps (or a tenth of them all) away, whose noise is
-    another; of 2048 transitions among at most 100,000, evenly chosen, those that are
-    there twice taken once. Too large where states are few. 0 for a single transition.
+    Of 2048 transitions among at most 100,000, evenly chosen, those that are there twice
+    taken once, each with that in the nearest state at least 1000 steps (or a tenth of
+    them all) away, whose noise is another.
 
-    Args:
-        obs: (N, S) in the log's order; standardised here.
-        action: (N, A) in [-1, 1].
+    Returns:
+        The places in the log of both, and the mean squared difference per dimension of
+        their actions, each (M,) with M <= 2048.
     """
     place = np.linspace(0, len(obs) - 1, min(len(obs), 100_000)).astype(int)
     away = min(1000, len(obs) // 10)
@@ -171,16 +172,48 @@ def action_spread(obs: np.ndarray | Array, action: np.ndarray | Array) -> float:
     obs = ((obs - obs.mean(axis=0)) / (obs.std(axis=0) + 1e-3)).astype(np.float32)
     half_square = np.square(obs).sum(axis=1) / 2
     asked = np.linspace(0, len(obs) - 1, min(len(obs), 2048)).astype(int)
-    squares = []
+    like = []
     for some in np.array_split(asked, len(asked) // 256 + 1):
         distance = half_square - obs[some] @ obs.T  # half its square, less the same
         first = np.searchsorted(place, place[some] - away)
         after = np.searchsorted(place, place[some] + away, side="right")
         for row, i, j in zip(distance, first, after, strict=True):
             row[i:j] = np.inf
-        nearest = distance.argmin(axis=1)
-        squares.append(np.square(action[some] - action[nearest]).mean(axis=1))
-    return float(np.sqrt(np.concatenate(squares).mean() / 2))
+        like.append(distance.argmin(axis=1))
+    like = np.concatenate(like)
+    squares = np.square(action[asked] - action[like]).mean(axis=1)
+    return place[asked], place[like], squares
+
+
+def action_spread(obs: np.ndarray | Array, action: np.ndarray | Array) -> float:
+    """sigma, the spread of the data's actions around what is done in such states.
+
+    The root of half the mean squared difference of two actions in like states. Too
+    large where states are few. 0 for a single transition.
+
+    Args:
+        obs: (N, S) in the log's order; standardised here.
+        action: (N, A) in [-1, 1].
+    """
+    return float(np.sqrt(like_states(obs, action)[2].mean() / 2))
+
+
+def log_drift(obs: np.ndarray | Array, action: np.ndarray | Array) -> float:
+    """Whether many policies made a log, in [-1, 1]: 0 for one, whose states come again.
+
+    The correlation of when a state was there and when the one most like it was. Along
+    an agent's training, or where one policy's episodes follow another's, states are
+    like those before and after. 0 as well where the log's order is lost, and for fewer
+    than 100 transitions, which do not tell.
+
+    Args:
+        obs: (N, S) in the log's order; standardised here.
+        action: (N, A) in [-1, 1].
+    """
+    when, when_like, _ = like_states(obs, action)
+    if len(when) < 100 or not np.ptp(when_like):
+        return 0.0
+    return float(np.corrcoef(when, when_like)[0, 1])
 
 
 # ===================================================================== Loss and updates

@@ -48,7 +48,7 @@ class Config:
     floor: float | None = None  # omega where M is 1; unset: by domain and spread
     omega_cap: float = 10.0  # largest omega, less the floor; 0: none
     scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
-    supervisor_gradient: bool | None = None  # through omega; unset: by domain, falls
+    supervisor_gradient: bool | None = None  # through omega; unset: by domain, log
     q_weight: float | None = None  # w, of Q / Z_Q; unset: by domain and spread
     obs_noise: float | None = None  # std, see `noisy`; unset: 0, or for falls
     actor_critics: int = 1  # 1: Q_1 for the actor; 2: the smaller Q of both
@@ -101,7 +101,7 @@ class Config:
 LOCOMOTION = {
     "mu": 0.1,
     "floor": 0.1,
-    "supervisor_gradient": True,
+    "supervisor_gradient": False,
     "discount": 0.99,
     "reward_scale": 1.0,
     "reward_shift": 0.0,
@@ -115,24 +115,25 @@ LOCOMOTION = {
 }
 POINTMAZE = {
     "mu": 0.3,
-    "supervisor_gradient": False,
     "discount": 0.98,
     "reward_scale": 10.0,
     "actor_learning_rate": 1e-3,
 }
 DEEPER = {"hidden_dims": (256, 256, 256), "actor_learning_rate": 1e-3}
 ANTMAZE = {"floor": 20.0, "discount": 0.998, "reward_scale": 100.0} | DEEPER
+ANTMAZE |= {"supervisor_gradient": True}
 MAZE = {"q_weight": 1.0, "polyak": 0.01, "critic_layer_norm": True}
-CAREFUL = {"q_weight": 1.0, "supervisor_gradient": False}  # where nobody can look
+CAREFUL = {"q_weight": 1.0}  # where nobody can look
 FLOOR_PER_SPREAD = 5.0  # PointMaze: floor over the spread of the actions, ^4
 Q_PER_SPREAD = 9000.0  # locomotion: q_weight over the spread of the actions, ^4
 LARGEST_Q_WEIGHT = {"never": 100.0, "seldom": 8.0, "often": 25.0}  # by falls
 FALLS = {  # locomotion's, by how often agents fall
-    "never": {"supervisor_gradient": False, "polyak": 0.005},
-    "seldom": {"supervisor_gradient": False},
+    "never": {"polyak": 0.005},
+    "seldom": {},
     "often": {"n_step": 1000},  # rewards to the episode's end
 }
 MANY_FALLS = 1e-3  # terminal transitions of all, above which agents often fall
+MANY_POLICIES = 0.3  # where they do: the log's drift above which omega has a gradient
 NOISE_PER_SPREAD = 0.5  # where they do: obs_noise over the spread of the actions
 LOCOMOTION_UPDATES = 100_000  # a run's, unless told; where they do the actor's
 DEFAULTS = {  # from short experiments, results/bst_study.md
@@ -154,8 +155,8 @@ def resolve(
     locomotion is a fall. Where agents often fall, critics learn the data's returns, to
     its end, and the actor is shown states with noise; it stands still after
     LOCOMOTION_UPDATES, because following such critics for longer wears it down, and one
-    that does so sooner has its share of w, for critics that are not there yet. Where
-    they seldom or never do, omega is a weight and no more.
+    that does so sooner has its share of w, for critics that are not there yet. Omega is
+    a weight and no more, but where many policies that often fall made the log.
 
     Args:
         data: as it was logged, in its order; numpy.
@@ -172,6 +173,9 @@ def resolve(
         defaults |= FALLS[falls]
         if falls == "often":
             defaults["actor_decay_updates"] = min(num_updates, LOCOMOTION_UPDATES)
+            if config.supervisor_gradient is None:
+                drift = morse.log_drift(data.obs, data.action)
+                defaults["supervisor_gradient"] = drift > MANY_POLICIES
         if None in (config.q_weight, config.obs_noise):
             sigma, largest = spread(), LARGEST_Q_WEIGHT[falls]
             if falls == "often":

@@ -302,6 +302,40 @@ def test_action_spread_where_noise_lasts_and_where_transitions_are_there_twice()
     assert morse.action_spread(np.ones((50, 2)), np.ones((50, 2))) == 0.0
 
 
+def test_like_states_by_hand():
+    # Nearest states are each other's: rows 0 and 2, 1 and 3, 4 and 5. Per dimension the
+    # actions differ by .1, by .1 and by .1 and .3.
+    obs = np.array([[0.0], [5.0], [0.1], [5.1], [9.0], [9.1]])
+    action = np.array([[0, 0], [1, 0], [0.1, 0.1], [0.9, 0.1], [0, 0.5], [0.1, 0.8]])
+    when, when_like, squares = morse.like_states(obs, action)
+    assert when.tolist() == [0, 1, 2, 3, 4, 5]
+    assert when_like.tolist() == [2, 3, 0, 1, 5, 4]
+    assert squares == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.05, 0.05])
+
+
+def test_log_drift_is_a_correlation_of_places():
+    # States that go up and down again, once: the one most like it is that of the other
+    # half, at the same height, so late ones are like early ones.
+    height = np.concatenate([np.arange(100), np.arange(99.4, 0, -1)])[:, None]
+    assert morse.log_drift(height, height) == pytest.approx(-1, abs=0.1)
+    assert morse.log_drift(height[:99], height[:99]) == 0.0  # too few to tell
+    assert morse.log_drift(np.ones((500, 1)), np.ones((500, 1))) == 0.0
+
+
+@pytest.mark.parametrize("size", [3000, 150_000])
+def test_log_drift_tells_one_policy_from_several(size: int):
+    rng = np.random.default_rng(0)
+    obs = rng.uniform(-1, 1, (size, 2)) * [1, 1000] + [0, 1e5]  # units of any size
+    action = rng.uniform(-1, 1, (size, 2))
+    assert morse.log_drift(obs, action) < 0.1
+    later = np.linspace(0, 2, size)[:, None] * [1, 1000]
+    assert morse.log_drift(obs + later, action) > 0.3  # as an agent learns
+    assert (
+        morse.log_drift(obs + (later[:, :1] > 1) * [2, 0], action) > 0.3
+    )  # two of them
+    assert morse.log_drift(rng.permutation(obs + later), action) < 0.1
+
+
 # ============================================================================= Updates
 
 

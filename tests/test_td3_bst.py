@@ -168,7 +168,7 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
     assert long.q_weight == wide.q_weight
     assert short.q_weight == (0.25 if falls else wide.q_weight)
     follows = {"n_step", "obs_noise"} | ({"floor"} if domain == "pointmaze" else set())
-    follows |= {"supervisor_gradient", "polyak"} if moves and not falls else set()
+    follows |= {"polyak"} if moves and not falls else set()
     for name in td3_bst.DEFAULTS[domain].keys() - follows:
         assert getattr(config, name) == td3_bst.DEFAULTS[domain][name]
     if domain == "pointmaze":
@@ -177,7 +177,7 @@ def test_resolve_fills_what_is_unset(domain: str, terminal: float):
     deep = domain == "antmaze"  # where a cloned policy needs it as well
     assert config.hidden_dims == (256,) * (3 if deep else 2)
     assert config.actor_learning_rate == (1e-3 if "maze" in domain else 3e-4)
-    assert config.supervisor_gradient is bool(falls or domain == "antmaze")
+    assert config.supervisor_gradient is (domain == "antmaze")
     fast = 0.01 if "maze" in domain else 0.02
     assert config.polyak == (0.005 if moves and not falls else fast)
     assert not {None, ()} & {*vars(config).values()}
@@ -189,10 +189,23 @@ def test_what_falls_decide(num_falls: int):
     data = walked(2 * SPREAD, num_falls)  # never, seldom, often
     config = td3_bst.resolve(Config(), "locomotion", data, 50_000)
     assert config.q_weight == {0: 100, 1: 8, 3: 12.5}[num_falls]
-    assert config.supervisor_gradient is (num_falls == 3)
+    assert config.supervisor_gradient is False  # one policy, see below
     assert config.polyak == (0.02 if num_falls else 0.005)
     assert config.n_step == (1000 if num_falls == 3 else 1)
     assert (config.obs_noise == 0) is (num_falls < 3)
+
+
+@pytest.mark.parametrize("num_falls", [0, 1, 3])
+@pytest.mark.parametrize("drift", [0, 2])
+def test_omega_has_a_gradient_where_many_policies_fall(num_falls: int, drift: float):
+    obs = np.random.default_rng(0).uniform(-1, 1, (2000, 1))
+    obs += drift * np.linspace(-1, 1, 2000)[:, None]  # other states, along the log
+    data = walked(SPREAD, num_falls)._replace(obs=obs)
+    config = td3_bst.resolve(Config(), "locomotion", data, 50_000)
+    assert config.supervisor_gradient is bool(drift and num_falls == 3)
+    for domain in ("pointmaze", "antmaze", "other"):
+        config = td3_bst.resolve(Config(), domain, data, 50_000)
+        assert config.supervisor_gradient is (domain == "antmaze")
 
 
 @pytest.mark.parametrize(("decay", "w"), [(50_000, 12.5), (200_000, 25), (0, 25)])
@@ -226,7 +239,7 @@ def test_resolve_keeps_what_is_set(domain: str):
         actor_learning_rate=0.5,
         actor_decay_updates=0,
     )
-    with mock.patch.object(morse, "action_spread", side_effect=AssertionError):
+    with mock.patch.object(morse, "like_states", side_effect=AssertionError):
         same = td3_bst.resolve(config, domain, logged(SPREAD, 1.0), num_updates=1000)
     assert same == config
 
