@@ -156,9 +156,13 @@ def like_states(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs of transitions in like states, and how differently they act.
 
-    Of 2048 transitions among at most 100,000, evenly chosen, those that are there twice
-    taken once, each with that in the nearest state at least 1000 steps (or a tenth of
-    them all) away, whose noise is another.
+    Up to 2048 transitions, evenly spaced in the log and without duplicates, each with
+    that in the nearest state more than min(1000, N / 10) steps away: a closer one has
+    nearly the same noise. Logs of more than 100,000 are thinned first.
+
+    Args:
+        obs: (N, S) in the log's order; standardised here.
+        action: (N, A) in [-1, 1].
 
     Returns:
         The places in the log of both, and the mean squared difference per dimension of
@@ -199,19 +203,19 @@ def action_spread(obs: np.ndarray | Array, action: np.ndarray | Array) -> float:
 
 
 def log_drift(obs: np.ndarray | Array, action: np.ndarray | Array) -> float:
-    """Whether many policies made a log, in [-1, 1]: 0 for one, whose states come again.
+    """The correlation of when a state was there and when the one most like it was.
 
-    The correlation of when a state was there and when the one most like it was. Along
-    an agent's training, or where one policy's episodes follow another's, states are
-    like those before and after. 0 as well where the log's order is lost, and for fewer
-    than 100 transitions, which do not tell.
+    Near 1 where a state is most like others of its time, because the policy changed
+    along the log: an agent's training, or one policy's episodes after another's. Near 0
+    where one policy's states come again, and where the log's order is lost. 0 for fewer
+    than 10,000 transitions, whose episodes may be longer than what is too close.
 
     Args:
         obs: (N, S) in the log's order; standardised here.
         action: (N, A) in [-1, 1].
     """
     when, when_like, _ = like_states(obs, action)
-    if len(when) < 100 or not np.ptp(when_like):
+    if len(obs) < 10_000 or len(when) < 100 or not np.ptp(when_like):
         return 0.0
     return float(np.corrcoef(when, when_like)[0, 1])
 

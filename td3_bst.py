@@ -48,7 +48,7 @@ class Config:
     floor: float | None = None  # omega where M is 1; unset: by domain and spread
     omega_cap: float = 10.0  # largest omega, less the floor; 0: none
     scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
-    supervisor_gradient: bool | None = None  # through omega; unset: by domain, log
+    supervisor_gradient: bool | None = None  # through omega; unset: by domain and log
     q_weight: float | None = None  # w, of Q / Z_Q; unset: by domain and spread
     obs_noise: float | None = None  # std, see `noisy`; unset: 0, or for falls
     actor_critics: int = 1  # 1: Q_1 for the actor; 2: the smaller Q of both
@@ -120,8 +120,12 @@ POINTMAZE = {
     "actor_learning_rate": 1e-3,
 }
 DEEPER = {"hidden_dims": (256, 256, 256), "actor_learning_rate": 1e-3}
-ANTMAZE = {"floor": 20.0, "discount": 0.998, "reward_scale": 100.0} | DEEPER
-ANTMAZE |= {"supervisor_gradient": True}
+ANTMAZE = {
+    "floor": 20.0,
+    "supervisor_gradient": True,
+    "discount": 0.998,
+    "reward_scale": 100.0,
+} | DEEPER
 MAZE = {"q_weight": 1.0, "polyak": 0.01, "critic_layer_norm": True}
 CAREFUL = {"q_weight": 1.0}  # where nobody can look
 FLOOR_PER_SPREAD = 5.0  # PointMaze: floor over the spread of the actions, ^4
@@ -156,7 +160,7 @@ def resolve(
     its end, and the actor is shown states with noise; it stands still after
     LOCOMOTION_UPDATES, because following such critics for longer wears it down, and one
     that does so sooner has its share of w, for critics that are not there yet. Omega is
-    a weight and no more, but where many policies that often fall made the log.
+    a weight and no more, unless many policies made the log of agents that often fall.
 
     Args:
         data: as it was logged, in its order; numpy.

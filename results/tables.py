@@ -37,29 +37,36 @@ PLAIN = {  # options that leave a method what it is; also alpha = 0, see `change
     "policy_step",
     "best_fraction",
 }
-BEFORE = {  # of the sweep over lam
-    "actor_decay_updates",
-    "actor_learning_rate",
-    "floor",
-    "morse_net.decay_updates",
-    "morse_net.negatives",
-    "n_step",
-    "obs_noise",
-    "omega_cap",
-    "polyak",
-    "q_weight",
-    "supervisor_gradient",
+FIRST_VERSION = {  # options that the sweep over lam was run with
+    "actor_decay_updates": "0",
+    "actor_learning_rate": "0.0003",
+    "floor": "0",
+    "morse_net.decay_updates": "0",
+    "morse_net.negatives": "uniform",
+    "n_step": "1",
+    "obs_noise": "0",
+    "omega_cap": "0",
+    "polyak": "0.005",
+    "q_weight": "1",
+    "supervisor_gradient": "True",
 }
 NOISE = {  # half the spread of the data's actions
     "standin/mujoco/hopper/medium-v0": "0.119",
     "standin/mujoco/hopper/medium-replay-v0": "0.193",
 }
-OMEGA = {  # TD3-BST's mean at the end
+OMEGA = {  # TD3-BST's mean at the end, with the gradient through omega
     "standin/mujoco/hopper/medium-v0": "0.8",
     "standin/mujoco/hopper/medium-replay-v0": "0.5",
 }
+Asked = Mapping[str, str | Mapping[str, str]]  # options; those of one dataset by name
+THROUGH: Asked = {  # the gradient through omega; the other set has it by default
+    "supervisor_gradient": {"standin/mujoco/hopper/medium-v0": "True"}
+}
+WEIGHT: Asked = {
+    "supervisor_gradient": {"standin/mujoco/hopper/medium-replay-v0": "False"}
+}
 PRETRAINED = {"num_morse_updates": "8000"}  # in both factor studies, named or not
-Part = tuple[str, str, dict[str, str | dict[str, str]]]  # label, method, options
+Part = tuple[str, str, Asked]  # label, method
 PARTS: tuple[Part, ...] = (  # from cloning to TD3-BST
     ("BC", "BC", {}),
     ("BC with the noise", "BC", {"obs_noise": NOISE}),
@@ -70,15 +77,24 @@ PARTS: tuple[Part, ...] = (  # from cloning to TD3-BST
         "TD3+BC",
         {"n_step": "1000", "obs_noise": NOISE},
     ),
-    ("TD3-BST with omega = 3.3", "TD3-BST", {"mu": "1000", "floor": "3.3"}),
+    (
+        "TD3-BST with omega = 3.3",
+        "TD3-BST",
+        {"mu": "1000", "floor": "3.3", **THROUGH},
+    ),
     (
         "TD3-BST with its mean omega everywhere",
         "TD3-BST",
-        {"mu": "1000", "floor": OMEGA},
+        {"mu": "1000", "floor": OMEGA, **THROUGH},
     ),
-    ("TD3-BST without the noise", "TD3-BST", {"obs_noise": "0"}),
-    ("TD3-BST with w = 8", "TD3-BST", {"q_weight": "8"}),
-    ("TD3-BST", "TD3-BST", {}),
+    (
+        "TD3-BST through omega, without the noise",
+        "TD3-BST",
+        {"obs_noise": "0", **THROUGH},
+    ),
+    ("TD3-BST through omega, with w = 8", "TD3-BST", {"q_weight": "8", **THROUGH}),
+    ("TD3-BST through omega", "TD3-BST", THROUGH),
+    ("TD3-BST with omega as a weight", "TD3-BST", WEIGHT),
 )
 NAMES = {"score": "score", "length": "steps to the goal", "success": "success rate"}
 RESAMPLES = 5_000
@@ -191,15 +207,21 @@ def largest_step(runs: Sequence[Run]) -> int:
 
 
 def by_scale(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
-    """By dataset and lam, TD3-BST's runs with `--scale`, at their largest step."""
-    found: dict[str, list[Run]] = {}
+    """By dataset and lam, TD3-BST's runs with `--scale`, at their largest step.
+
+    Of those whose other options are alike, the most: those of the first version, or of
+    the present one.
+    """
+    found: dict[str, dict[frozenset[tuple[str, str]], list[Run]]] = {}
     for run in runs:
-        names = run.options.keys()
-        scaled = "scale" in names and names <= PLAIN | BEFORE | {"scale"}
+        others = {k: v for k, v in run.options.items() if k not in PLAIN | {"scale"}}
+        scaled = "scale" in run.options and others.items() <= FIRST_VERSION.items()
         if run.method == "TD3-BST" and scaled and is_finished(run):
-            found.setdefault(run.dataset, []).append(run)
+            alike = found.setdefault(run.dataset, {})
+            alike.setdefault(frozenset(others.items()), []).append(run)
     groups: dict[str, dict[float, list[Run]]] = {}
-    for dataset, own in sorted(found.items()):
+    for dataset, alike in sorted(found.items()):
+        own = max(alike.values(), key=len)
         step = max(run.step for run in own)
         by_lam: dict[float, list[Run]] = {}
         for run in own:
@@ -527,7 +549,9 @@ def parts_table(rows: Sequence[Row], step: int = 100_000) -> str:
         cells = []
         for dataset in NOISE:
             options = {
-                k: v if isinstance(v, str) else v[dataset] for k, v in asked.items()
+                name: value if isinstance(value, str) else value[dataset]
+                for name, value in asked.items()
+                if isinstance(value, str) or dataset in value
             }
             cells.append(spread(chosen(runs, method, dataset, step, options), "score"))
         lines.append([label, *cells])

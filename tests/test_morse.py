@@ -303,31 +303,46 @@ def test_action_spread_where_noise_lasts_and_where_transitions_are_there_twice()
 
 
 def test_like_states_by_hand():
-    # Nearest states are each other's: rows 0 and 2, 1 and 3, 4 and 5. Per dimension the
-    # actions differ by .1, by .1 and by .1 and .3.
-    obs = np.array([[0.0], [5.0], [0.1], [5.1], [9.0], [9.1]])
-    action = np.array([[0, 0], [1, 0], [0.1, 0.1], [0.9, 0.1], [0, 0.5], [0.1, 0.8]])
+    # Rows 0 and 3, 2 and 4, 5 and 6 have each other's nearest state; row 1 is row 0.
+    # Their actions differ by .1 and .1, by .1 and .1, by .1 and .3.
+    obs = np.array([[0.0], [0.0], [5.0], [0.1], [5.1], [9.0], [9.1]])
+    action = np.array([[0, 0], [0, 0], [10, 0], [1, 1], [9, 1], [0, 5], [1, 8]]) / 10
     when, when_like, squares = morse.like_states(obs, action)
-    assert when.tolist() == [0, 1, 2, 3, 4, 5]
-    assert when_like.tolist() == [2, 3, 0, 1, 5, 4]
+    assert when.tolist() == [0, 2, 3, 4, 5, 6]
+    assert when_like.tolist() == [3, 4, 0, 2, 6, 5]
     assert squares == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.05, 0.05])
 
 
+@pytest.mark.parametrize(("size", "away"), [(40, 4), (20_000, 1000)])
+def test_like_states_are_more_than_so_many_steps_away(size: int, away: int):
+    obs = np.arange(float(size))[:, None]  # a step further is a state further
+    when, when_like, _ = morse.like_states(obs, obs)
+    assert (np.abs(when - when_like) == away + 1).all()
+
+
 def test_log_drift_is_a_correlation_of_places():
-    # States that go up and down again, once: the one most like it is that of the other
-    # half, at the same height, so late ones are like early ones.
-    height = np.concatenate([np.arange(100), np.arange(99.4, 0, -1)])[:, None]
+    # States that go up and come down again: the one most like it is that of the other
+    # half, at the same height, so late ones are like early ones, but near the turn.
+    height = np.concatenate([np.arange(10_000), np.arange(9999.4, 0, -1)])[:, None]
     assert morse.log_drift(height, height) == pytest.approx(-1, abs=0.1)
-    assert morse.log_drift(height[:99], height[:99]) == 0.0  # too few to tell
-    assert morse.log_drift(np.ones((500, 1)), np.ones((500, 1))) == 0.0
+    rise = height[:10_000]  # and here, like those just before and after
+    assert morse.log_drift(rise, rise) > 0.9
+    assert morse.log_drift(rise[1:], rise[1:]) == 0.0  # too few to tell
+    few = np.tile(height[:50], (500, 1))  # 50, again and again
+    assert morse.log_drift(few, few) == 0.0
+    many = np.tile(height[:500], (40, 1))  # each of which is too close to all others
+    assert morse.log_drift(many, many) == 0.0
 
 
-@pytest.mark.parametrize("size", [3000, 150_000])
+@pytest.mark.parametrize("size", [10_000, 150_000])
 def test_log_drift_tells_one_policy_from_several(size: int):
     rng = np.random.default_rng(0)
     obs = rng.uniform(-1, 1, (size, 2)) * [1, 1000] + [0, 1e5]  # units of any size
     action = rng.uniform(-1, 1, (size, 2))
-    assert morse.log_drift(obs, action) < 0.1
+    assert -0.3 < morse.log_drift(obs, action) < 0.1
+    own = rng.uniform(-1, 1, (size // 100, 2)) * [10, 1e4]  # each episode's
+    own = np.repeat(own, 100, axis=0)
+    assert morse.log_drift(obs + own, action) < 0.3
     later = np.linspace(0, 2, size)[:, None] * [1, 1000]
     assert morse.log_drift(obs + later, action) > 0.3  # as an agent learns
     assert (

@@ -296,9 +296,11 @@ def test_ablation_table():
         return row("TD3-BST", dataset, seed, score, step, scale=scale)
 
     rows = [data(HOPPER, 41.0)]
+    rows += [row("TD3-BST", HOPPER, 1, 99.0, 50_000, scale=3, omega_cap=5)]  # another
     rows += [
         run(HOPPER, s, lam, 10 * lam + s) for lam in (0.3, 1.5, 3, 6) for s in (0, 2)
     ]
+    rows += [row("TD3-BST", HOPPER, 4, 99.0, 50_000, scale=3, omega_cap=0)]  # fewer
     rows += [run(HOPPER, 5, 3, 99.0, 20_000), run(CHEETAH, 0, 0.7, 5.0)]
     rows += [row("TD3-BST", HOPPER, 7, 99.0), row("TD3-BST", HOPPER, 7, 99.0, mu=1)]
     rows += [row("TD3-BST", HOPPER, 9, 99.0, 50_000, scale=3, num_updates=90_000)]
@@ -333,7 +335,7 @@ def test_factor_table():
     assert tables.factor_table(rows, 7) == tables.NOT_YET
 
 
-def test_parts_table_takes_each_datasets_own_noise():
+def test_parts_table_takes_each_datasets_own_noise_and_default():
     replay = HOPPER.replace("medium", "medium-replay")
     rows = [row("BC", HOPPER, seed, 10.0 + seed) for seed in (0, 2)]
     rows += [row("BC", HOPPER, 0, 20.0, obs_noise=0.119)]
@@ -343,6 +345,9 @@ def test_parts_table_takes_each_datasets_own_noise():
     rows += [row("TD3+BC", HOPPER, 0, 99.0, alpha=10, n_step=1000)]  # and another alpha
     rows += [row("TD3-BST", replay, 0, 50.0, mu=1000, floor=3.3)]
     rows += [row("TD3-BST", replay, 1, 99.0, mu=1000)]
+    rows += [row("TD3-BST", HOPPER, 0, 60.0), row("TD3-BST", replay, 0, 70.0)]
+    rows += [row("TD3-BST", HOPPER, 0, 65.0, supervisor_gradient=True)]
+    rows += [row("TD3-BST", replay, 0, 75.0, supervisor_gradient=False)]
     table = tables.parts_table(rows)
     assert cells(table, "BC") == ["11.0 ± 1.4 (n = 2)", "-"]
     assert cells(table, "BC with the noise") == ["20.0 (n = 1)", "30.0 (n = 1)"]
@@ -350,7 +355,9 @@ def test_parts_table_takes_each_datasets_own_noise():
     assert cells(table, "TD3+BC with the returns") == ["40.0 (n = 1)", "-"]
     label = "TD3-BST with omega = 3.3"
     assert cells(table, label) == ["-", "50.0 (n = 1)"]
-    assert cells(table, "TD3-BST") == ["-", "-"]
+    through, weight = "TD3-BST through omega", "TD3-BST with omega as a weight"
+    assert cells(table, through) == ["65.0 (n = 1)", "70.0 (n = 1)"]
+    assert cells(table, weight) == ["60.0 (n = 1)", "75.0 (n = 1)"]
 
 
 def test_constants_table_is_the_mazes_runs_without_a_supervisor():
