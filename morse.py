@@ -148,7 +148,7 @@ def uncertainty(
     return -jnp.expm1(log_density(params, obs, action, scale, config))
 
 
-# ================================================================ Spread of the actions
+# ==================================================== Spread and drift of the behaviour
 
 
 def like_states(
