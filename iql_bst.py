@@ -170,7 +170,8 @@ def resolve(
         known = extent > 1e-6 * np.abs(episode_returns).max()  # more than rounding
         defaults["reward_scale"] = 1000.0 / extent if known else 1.0
         if not awr and None in (config.q_weight, config.obs_noise):
-            sigma = morse.action_spread(data.obs, data.action)
+            pairs = morse.like_states(data.obs, data.action)
+            sigma = morse.action_spread(pairs)
             defaults["q_weight"] = float(f"{Q_PER_SPREAD * sigma**4:.2g}")
             if np.mean(data.terminal) > MANY_FALLS:
                 defaults["obs_noise"] = NOISE_PER_SPREAD * sigma

@@ -151,10 +151,17 @@ def uncertainty(
 # ==================================================== Spread and drift of the behaviour
 
 
-def like_states(
-    obs: np.ndarray | Array, action: np.ndarray | Array
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of transitions in like states, and how differently they act.
+class LikeStates(NamedTuple):
+    """M <= 2048 pairs of transitions in like states, of a log of N."""
+
+    when: np.ndarray  # (M,) the first one's place in the log
+    when_like: np.ndarray  # (M,) that of the one in the most like state
+    squares: np.ndarray  # (M,) of the actions' difference, mean over dimensions
+    log_size: int  # N
+
+
+def like_states(obs: np.ndarray | Array, action: np.ndarray | Array) -> LikeStates:
+    """Pairs of transitions in like states: what the spread and the drift are read from.
 
     Up to 2048 transitions, evenly spaced in the log and without duplicates, each with
     that in the nearest state more than min(1000, N / 10) steps away: a closer one has
@@ -163,11 +170,8 @@ def like_states(
     Args:
         obs: (N, S) in the log's order; standardised here.
         action: (N, A) in [-1, 1].
-
-    Returns:
-        The places in the log of both, and the mean squared difference per dimension of
-        their actions, each (M,) with M <= 2048.
     """
+    log_size = len(obs)
     place = np.linspace(0, len(obs) - 1, min(len(obs), 100_000)).astype(int)
     away = min(1000, len(obs) // 10)
     obs, action = np.asarray(obs)[place].astype(float), np.asarray(action)[place]
@@ -186,36 +190,28 @@ def like_states(
         like.append(distance.argmin(axis=1))
     like = np.concatenate(like)
     squares = np.square(action[asked] - action[like]).mean(axis=1)
-    return place[asked], place[like], squares
+    return LikeStates(place[asked], place[like], squares, log_size)
 
 
-def action_spread(obs: np.ndarray | Array, action: np.ndarray | Array) -> float:
+def action_spread(pairs: LikeStates) -> float:
     """sigma, the spread of the data's actions around what is done in such states.
 
     The root of half the mean squared difference of two actions in like states. Too
     large where states are few. 0 for a single transition.
-
-    Args:
-        obs: (N, S) in the log's order; standardised here.
-        action: (N, A) in [-1, 1].
     """
-    return float(np.sqrt(like_states(obs, action)[2].mean() / 2))
+    return float(np.sqrt(pairs.squares.mean() / 2))
 
 
-def log_drift(obs: np.ndarray | Array, action: np.ndarray | Array) -> float:
+def log_drift(pairs: LikeStates) -> float:
     """The correlation of when a state was there and when the one most like it was.
 
     Near 1 where a state is most like others of its time, because the policy changed
     along the log: an agent's training, or one policy's episodes after another's. Near 0
     where one policy's states come again, and where the log's order is lost. 0 for fewer
     than 10,000 transitions, whose episodes may be longer than what is too close.
-
-    Args:
-        obs: (N, S) in the log's order; standardised here.
-        action: (N, A) in [-1, 1].
     """
-    when, when_like, _ = like_states(obs, action)
-    if len(obs) < 10_000 or len(when) < 100 or not np.ptp(when_like):
+    when, when_like, _, log_size = pairs
+    if log_size < 10_000 or len(when) < 100 or not np.ptp(when_like):
         return 0.0
     return float(np.corrcoef(when, when_like)[0, 1])
 

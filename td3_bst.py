@@ -21,7 +21,7 @@ Shapes B batch, N transitions, S observation, A action; actions lie in [-1, 1].
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import chex
@@ -168,9 +168,9 @@ def resolve(
     """
     defaults = DEFAULTS[domain] | {"scale": data.action.shape[1] / 2}
     defaults["actor_decay_updates"] = num_updates
-    spread = partial(morse.action_spread, data.obs, data.action)
+    pairs = cache(partial(morse.like_states, data.obs, data.action))
     if domain == "pointmaze" and config.floor is None:
-        defaults["floor"] = FLOOR_PER_SPREAD * spread() ** 4
+        defaults["floor"] = FLOOR_PER_SPREAD * morse.action_spread(pairs()) ** 4
     if domain == "locomotion":
         share = np.mean(data.terminal)
         falls = "never" if share == 0 else "often" if share > MANY_FALLS else "seldom"
@@ -178,10 +178,10 @@ def resolve(
         if falls == "often":
             defaults["actor_decay_updates"] = min(num_updates, LOCOMOTION_UPDATES)
             if config.supervisor_gradient is None:
-                drift = morse.log_drift(data.obs, data.action)
+                drift = morse.log_drift(pairs())
                 defaults["supervisor_gradient"] = drift > MANY_POLICIES
         if None in (config.q_weight, config.obs_noise):
-            sigma, largest = spread(), LARGEST_Q_WEIGHT[falls]
+            sigma, largest = morse.action_spread(pairs()), LARGEST_Q_WEIGHT[falls]
             if falls == "often":
                 defaults["obs_noise"] = NOISE_PER_SPREAD * sigma
                 decay = config.actor_decay_updates

@@ -262,13 +262,21 @@ def test_optimum_in_2d():
 # ================================================================ Spread of the actions
 
 
+def spread(obs: np.ndarray, action: np.ndarray) -> float:
+    return morse.action_spread(morse.like_states(obs, action))
+
+
+def drift(obs: np.ndarray, action: np.ndarray) -> float:
+    return morse.log_drift(morse.like_states(obs, action))
+
+
 def test_action_spread_by_hand():
     # Pairs of states far from each other; within a pair the actions differ by
     # (.2, 0), (.4, .4) and (0, 0): half the mean square is (.04 + .16 + .16) / 12.
     obs = np.array([[0.0], [0.1], [5.0], [5.1], [9.0], [9.1]])
     action = np.array([[0, 0], [0.2, 0], [0.5, 0.5], [0.9, 0.9], [1, 1], [1, 1]])
-    assert morse.action_spread(obs, action) == pytest.approx(np.sqrt(0.36 / 12))
-    assert morse.action_spread(obs[:1], action[:1]) == 0.0  # nothing to compare with
+    assert spread(obs, action) == pytest.approx(np.sqrt(0.36 / 12))
+    assert spread(obs[:1], action[:1]) == 0.0  # nothing to compare with
 
 
 @pytest.mark.parametrize("sigma", [0.02, 0.3])
@@ -277,12 +285,12 @@ def test_action_spread_is_the_noise_of_the_behaviour(sigma: float, size: int):
     rng = np.random.default_rng(0)
     obs = rng.uniform(-1, 1, (size, 2)) * [1, 1000] + [0, 1e5]  # units of any size
     noise = sigma * rng.standard_normal((size, 3))
-    found = morse.action_spread(obs, np.zeros((size, 3)) + noise)
+    found = spread(obs, np.zeros((size, 3)) + noise)
     assert found == pytest.approx(sigma, rel=0.1)
-    assert morse.action_spread(obs, noise * 2) == pytest.approx(2 * found)
+    assert spread(obs, noise * 2) == pytest.approx(2 * found)
     if size > 1000:
         # What the state decides does not count, where there are states enough.
-        found = morse.action_spread(obs, 0.3 * np.sin(3 * obs[:, :1]) + noise)
+        found = spread(obs, 0.3 * np.sin(3 * obs[:, :1]) + noise)
         assert found == pytest.approx(sigma, rel=0.1)
 
 
@@ -295,11 +303,11 @@ def test_action_spread_where_noise_lasts_and_where_transitions_are_there_twice()
         0.3 * np.sqrt(1 - 0.99**2) * rng.standard_normal((30_000, 2))
     ):
         noise[t] = 0.99 * noise[t - 1] + fresh
-    found = morse.action_spread(obs, noise)
+    found = spread(obs, noise)
     assert found == pytest.approx(0.3, rel=0.1)
-    twice = morse.action_spread(np.tile(obs, (2, 1)), np.tile(noise, (2, 1)))
+    twice = spread(np.tile(obs, (2, 1)), np.tile(noise, (2, 1)))
     assert twice == pytest.approx(found, rel=0.1)
-    assert morse.action_spread(np.ones((50, 2)), np.ones((50, 2))) == 0.0
+    assert spread(np.ones((50, 2)), np.ones((50, 2))) == 0.0
 
 
 def test_like_states_by_hand():
@@ -307,7 +315,8 @@ def test_like_states_by_hand():
     # Their actions differ by .1 and .1, by .1 and .1, by .1 and .3.
     obs = np.array([[0.0], [0.0], [5.0], [0.1], [5.1], [9.0], [9.1]])
     action = np.array([[0, 0], [0, 0], [10, 0], [1, 1], [9, 1], [0, 5], [1, 8]]) / 10
-    when, when_like, squares = morse.like_states(obs, action)
+    when, when_like, squares, size = morse.like_states(obs, action)
+    assert size == 7
     assert when.tolist() == [0, 2, 3, 4, 5, 6]
     assert when_like.tolist() == [3, 4, 0, 2, 6, 5]
     assert squares == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.05, 0.05])
@@ -316,7 +325,7 @@ def test_like_states_by_hand():
 @pytest.mark.parametrize(("size", "away"), [(40, 4), (20_000, 1000)])
 def test_like_states_are_more_than_so_many_steps_away(size: int, away: int):
     obs = np.arange(float(size))[:, None]  # a step further is a state further
-    when, when_like, _ = morse.like_states(obs, obs)
+    when, when_like, *_ = morse.like_states(obs, obs)
     assert (np.abs(when - when_like) == away + 1).all()
 
 
@@ -324,14 +333,14 @@ def test_log_drift_is_a_correlation_of_places():
     # States that go up and come down again: the one most like it is that of the other
     # half, at the same height, so late ones are like early ones, but near the turn.
     height = np.concatenate([np.arange(10_000), np.arange(9999.4, 0, -1)])[:, None]
-    assert morse.log_drift(height, height) == pytest.approx(-1, abs=0.1)
+    assert drift(height, height) == pytest.approx(-1, abs=0.1)
     rise = height[:10_000]  # and here, like those just before and after
-    assert morse.log_drift(rise, rise) > 0.9
-    assert morse.log_drift(rise[1:], rise[1:]) == 0.0  # too few to tell
+    assert drift(rise, rise) > 0.9
+    assert drift(rise[1:], rise[1:]) == 0.0  # too few to tell
     few = np.tile(height[:50], (500, 1))  # 50, again and again
-    assert morse.log_drift(few, few) == 0.0
+    assert drift(few, few) == 0.0
     many = np.tile(height[:500], (40, 1))  # each of which is too close to all others
-    assert morse.log_drift(many, many) == 0.0
+    assert drift(many, many) == 0.0
 
 
 @pytest.mark.parametrize("size", [10_000, 150_000])
@@ -339,16 +348,15 @@ def test_log_drift_tells_one_policy_from_several(size: int):
     rng = np.random.default_rng(0)
     obs = rng.uniform(-1, 1, (size, 2)) * [1, 1000] + [0, 1e5]  # units of any size
     action = rng.uniform(-1, 1, (size, 2))
-    assert -0.3 < morse.log_drift(obs, action) < 0.1
+    assert -0.3 < drift(obs, action) < 0.1
     own = rng.uniform(-1, 1, (size // 100, 2)) * [10, 1e4]  # each episode's
     own = np.repeat(own, 100, axis=0)
-    assert morse.log_drift(obs + own, action) < 0.3
+    assert drift(obs + own, action) < 0.3
     later = np.linspace(0, 2, size)[:, None] * [1, 1000]
-    assert morse.log_drift(obs + later, action) > 0.3  # as an agent learns
-    assert (
-        morse.log_drift(obs + (later[:, :1] > 1) * [2, 0], action) > 0.3
-    )  # two of them
-    assert morse.log_drift(rng.permutation(obs + later), action) < 0.1
+    assert drift(obs + later, action) > 0.3  # as an agent learns
+    second = later[:, :1] > 1  # of two policies
+    assert drift(obs + second * [2, 0], action) > 0.3
+    assert drift(rng.permutation(obs + later), action) < 0.1
 
 
 # ============================================================================= Updates
