@@ -436,7 +436,7 @@ def standins(rows: Iterable[Row]) -> list[str]:
 
 def updates_on(dataset: str) -> int:
     """How long the runs of `standin_table` are."""
-    shorter = {"antmaze": 60_000, "pointmaze": 20_000, "mujoco/ant": 50_000}
+    shorter = {"antmaze": 60_000, "pointmaze": 20_000}
     return next((n for part, n in shorter.items() if part in dataset), 100_000)
 
 

@@ -202,12 +202,12 @@ def test_ablations_never_enter_a_method():
 
 
 def test_a_line_is_of_runs_of_its_own_length_and_of_one_at_least():
-    ant, other = "held/mujoco/ant-1/medium-v0", "held/mujoco/ant/medium-v0"
-    rows = [data(ant, 1.0), data(other, 2.0), row("TD3-BST", ant, 0, 10.0, 50_000)]
-    rows += [row("TD3-BST", other, 0, 90.0), row("TD3-BST", HOPPER, 0, 20.0)]
+    maze, other = "held/D4RL/antmaze/umaze-v1", "held/mujoco/ant/medium-v0"
+    rows = [data(maze, 1.0), data(other, 2.0), row("TD3-BST", maze, 0, 10.0, 60_000)]
+    rows += [row("TD3-BST", other, 0, 90.0, 50_000), row("TD3-BST", HOPPER, 0, 20.0)]
     table = tables.standin_table(rows)
-    assert cells(table, ant)[:5] == ["50,000", "1.0", "-", "-", "-"]
-    assert cells(table, ant)[5] == "10.0 (n = 1)"
+    assert cells(table, maze)[:5] == ["60,000", "1.0", "-", "-", "-"]
+    assert cells(table, maze)[5] == "10.0 (n = 1)"
     assert cells(table, HOPPER)[0] == "100,000"
     assert other not in table
 
