@@ -188,8 +188,10 @@ def test_map_seeds_donates_the_first_argument():
 def test_init_of_every_algorithm_ends_on_two_devices(name: str):
     # Batched QRs, IQL's orthogonal layers of both critics say, wait for each other's
     # threads in jaxlib 0.10: vmapped, this hung within 200 rounds, 4 times of 4.
-    # They wait by spinning, so beside other loads this takes many times as long.
+    # They wait by spinning, so beside other loads this takes many times as long: what
+    # must not be is a round without an end.
     code = f"""
+import faulthandler
 import jax
 import {name} as module
 jax.config.update("jax_num_cpu_devices", 2)
@@ -201,7 +203,8 @@ config = module.Config(critic_layer_norm=False)
 init = partial(module.init, obs_dim=6, action_dim=2, config=config)
 mapped = seeds.map_seeds(init, (True,), mesh)
 for stage in range(200):
+    faulthandler.dump_traceback_later(120, exit=True)  # from now on, anew
     jax.block_until_ready(mapped(seeds.stage_keys(lanes, stage)))
 """
     root = Path(__file__).parent.parent
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=root)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
