@@ -476,7 +476,7 @@ def main(args: list[str] | None = None) -> None:
         Transition(*(getattr(dataset, name) for name in Transition._fields)), config
     )
     lam, net = dataset.action_dim / 2, morse.Config()
-    reused = run.reused_networks(options, dataset, mean, lam, net, False)
+    reused = run.reused_networks(options, dataset, std, lam, net, False)
     job = run.Run("td3_bc", options, config, dataset, mean, std)
     job.wall["load"] = time.perf_counter() - begin
     data = job.place(n_step(data, dataset.episode, config))

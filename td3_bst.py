@@ -587,7 +587,7 @@ def main(args: list[str] | None = None) -> None:
             "warning: with mu below 0.025 the actor's first gradients overflow float32"
         )
     lam, net = config.scale, config.morse_net
-    reused = run.reused_networks(options, dataset, mean, lam, net, True)
+    reused = run.reused_networks(options, dataset, std, lam, net, True)
     job = run.Run("td3_bst", options, config, dataset, mean, std)
     job.wall["load"] = time.perf_counter() - begin
     data = job.place(n_step(data, dataset.episode, config))

@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 import urllib.error
 import urllib.request
 import zipfile
@@ -26,6 +25,7 @@ HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 OPTIONAL = ("timeouts", "next_observations", "action_low", "action_high")
 SUFFIXES = (".hdf5", ".h5", ".npz")
+UNREADABLE = (OSError, EOFError, ValueError, RuntimeError)  # what readers raise
 
 # D4RL's environments in gymnasium; the locomotion agents' -v4 share D4RL's
 # observations and rewards, Adroit is what Minari converted D4RL's own files to.
@@ -108,7 +108,7 @@ URLS = {**dict(_locomotion_urls()), **dict(_maze_urls()), **dict(_manipulation_u
 
 def name_of(path: Path) -> str:
     """The D4RL name of a file, judged by its file name; "" if it has none."""
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return ""
     by_file = {Path(url).stem: name for name, url in URLS.items()}
     return path.stem if path.stem in URLS else by_file.get(path.stem, "")
@@ -244,7 +244,9 @@ def read(path: Path, source: str, name: str) -> Transitions:
         UserError: the file is not what it should be.
     """
     arrays = (
-        _read_npz(path, source) if path.suffix == ".npz" else _read_hdf5(path, source)
+        _read_npz(path, source)
+        if path.suffix.lower() == ".npz"
+        else _read_hdf5(path, source)
     )
     _check_shapes(source, arrays)
     action_dim = arrays["actions"].shape[1]
@@ -259,16 +261,16 @@ def read(path: Path, source: str, name: str) -> Transitions:
         ended = rows["terminals"]
         keep |= ended
         rows["next_observations"][ended] = rows["observations"][ended]
+    warnings = []
     if 0 < keep.sum() < len(keep) / 2:
-        print(
-            f"warning: {source}: {keep.sum():,} of {len(keep):,} rows are used; the "
-            "others have timeouts true, which is said of an episode's last row alone",
-            file=sys.stderr,
+        warnings.append(
+            f"{source}: {keep.sum():,} of {len(keep):,} rows are used; the others have "
+            "timeouts true, which is said of an episode's last row alone"
         )
     if maze:
         keep &= until_success(rows["rewards"], rows["episodes"])
         rows["terminals"] = rows["terminals"] | (rows["rewards"] > 0)
-    return finish(source, rows, box, (), keep)
+    return finish(source, rows, box, (), keep, warnings)
 
 
 def _rows(
@@ -322,13 +324,19 @@ def _timeouts_by_length(terminal: np.ndarray, name: str) -> np.ndarray:
 
 def _read_npz(path: Path, source: str) -> dict[str, np.ndarray]:
     try:
-        if not zipfile.is_zipfile(path):  # NumPy would advise to load it unsafely
-            raise UserError(f"{source} cannot be read as .npz: no zip, or cut short.")
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            _check_keys(source, list(file))
-            return {k: file[k] for k in (*REQUIRED, *OPTIONAL) if k in file}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        with open(path, "rb") as raw:
+            if not zipfile.is_zipfile(raw):  # NumPy would advise to load it unsafely
+                raise ValueError("no zip, or cut short.")
+            raw.seek(0)
+            with np.load(raw, allow_pickle=False) as file:
+                _check_keys(source, list(file))
+                arrays = {k: file[k] for k in (*REQUIRED, *OPTIONAL) if k in file}
+    except (*UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{source} cannot be read as .npz: {error}") from None
+    for key, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # a member that is no .npy
+            raise UserError(f"{source}: {key} is not an array.")
+    return arrays
 
 
 def _read_hdf5(path: Path, source: str) -> dict[str, np.ndarray]:
@@ -342,7 +350,7 @@ def _read_hdf5(path: Path, source: str) -> dict[str, np.ndarray]:
                     raise UserError(f"{source}: {key} is a group, not an array.")
                 if item is not None:
                     arrays[key] = np.asarray(item[()])
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except (*UNREADABLE, KeyError) as error:
         raise UserError(f"{source} cannot be read as HDF5: {error}") from None
     _check_keys(source, list(arrays))  # a dangling link is a key without an array
     return arrays

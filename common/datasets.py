@@ -153,7 +153,7 @@ def _load_one(name: str, eval_map: str) -> Dataset:
         from common import maze
 
         return load_minari_folder(maze.ensure(name), name, eval_map)
-    if Path(name).suffix in d4rl.SUFFIXES:
+    if Path(name).suffix.lower() in d4rl.SUFFIXES:
         return _load_file(Path(name), name, eval_map)
     if name in d4rl.URLS:
         return _load_file(d4rl.fetch(name), name, eval_map)
@@ -187,11 +187,9 @@ def _dataset(
         why = tasks.check_task(
             task, arrays.obs.shape[1], arrays.action_low, arrays.action_high
         )
-    columns = arrays._asdict()
-    columns.pop("obs_keys")
     return Dataset(
         name=name,
-        **columns,
+        **arrays.columns(),
         domain=domain,
         env_id=env_id,
         task=None if why else task,
@@ -218,11 +216,9 @@ def _join(source: str, parts: list[Dataset]) -> Dataset:
         action_high=first.action_high,
         obs_keys=(),
     )
-    columns = arrays._asdict()
-    columns.pop("obs_keys")
     return Dataset(
         name=source,
-        **columns,
+        **arrays.columns(),
         domain=first.domain,
         env_id=first.env_id,
         task=first.task,

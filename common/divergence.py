@@ -15,18 +15,19 @@ def largest_q(config: Any, reward: np.ndarray) -> float:
 
 REMEDIES = {  # by the first letters of a metric's name, the first causes first
     "omega": "--omega-cap 10, or a larger --mu",
-    "q": "a smaller --critic-learning-rate or --discount, --critic-layer-norm True",
-    "v": "a smaller --value-learning-rate or --discount",
-    "critic": "a smaller --critic-learning-rate or --discount",
+    "q": "a smaller --critic-learning-rate or --discount, --critic-layer-norm True, "
+    "--normalize-obs True",
+    "v": "a smaller --value-learning-rate or --discount, --normalize-obs True",
+    "critic": "a smaller --critic-learning-rate, --discount or --reward-scale",
     "": "a smaller --actor-learning-rate",
 }
 
 
 def find(values: Mapping[str, float], largest_q: float) -> tuple[str, str] | None:
-    """The first metric that is not finite, or a Q that is too large, and a remedy."""
+    """The first metric not finite, or Q or V too large, and a remedy."""
     for start, remedy in REMEDIES.items():
         for name, value in values.items():
-            too_large = name in ("q", "q_data") and abs(value) > largest_q
+            too_large = name in ("q", "q_data", "v") and abs(value) > largest_q
             if name.startswith(start) and (too_large or not np.isfinite(value)):
                 return name, remedy
     return None

@@ -177,9 +177,12 @@ def _check_sweep(options: RunOptions, config: Any, traced: Sequence[str]) -> Non
 
 def _absolute(options: RunOptions) -> RunOptions:
     """Files by their absolute paths, so that a run can be resumed from anywhere."""
-    names = options.dataset.split("+")
+    whole = options.dataset
+    names = [whole] if Path(whole).is_file() else whole.split("+")
     if all(Path(name).is_file() for name in names):
-        names = [str(Path(name).resolve()) for name in names]
+        paths = [str(Path(name).resolve()) for name in names]
+        if len(paths) == 1 or "+" not in "".join(paths):  # which would part them
+            names = paths
     morse = options.morse.resolve() if options.morse else None
     return dataclasses.replace(options, dataset="+".join(names), morse=morse)
 

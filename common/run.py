@@ -806,16 +806,16 @@ class Run:
 
 
 def _identity(
-    scale: Any, config: Any, dataset: Dataset, obs_mean: np.ndarray
+    scale: Any, config: Any, dataset: Dataset, obs_std: np.ndarray
 ) -> tuple[Any, Any, str, bool]:
     """What a network was fitted with, as `save_morse` and `load_morse` take it."""
-    return scale, config, dataset.fingerprint, bool(np.any(obs_mean != 0))
+    return scale, config, dataset.fingerprint, bool(np.any(obs_std != 1))
 
 
 def reused_networks(
     options: RunOptions,
     dataset: Dataset,
-    obs_mean: np.ndarray,
+    obs_std: np.ndarray,
     scale: Any,
     config: Any,
     is_needed: bool,
@@ -856,7 +856,7 @@ def reused_networks(
             folders,
             lane["seed"],
             shape.params,
-            *_identity(lane.get("scale", scale), config, dataset, obs_mean),
+            *_identity(lane.get("scale", scale), config, dataset, obs_std),
         )
         for lane in options.lanes
     ]
@@ -894,7 +894,7 @@ def fit_morse(
     for i, seed in enumerate(job.seeds):
         own = jax.tree.map(lambda x, i=i: np.asarray(x)[i], params)
         lam = job.runs[i].get("scale", scale)
-        about = _identity(lam, config, job.dataset, job.obs_mean)
+        about = _identity(lam, config, job.dataset, job.obs_std)
         save_morse(job.folder, seed, own, *about, loss=losses[i])
     job.forget(MORSE)
     return params

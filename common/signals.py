@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import sys
-from typing import Any
+import threading
 
 INTERRUPTED = "interrupted; a run goes on from its last checkpoint with --resume RUN"
 
@@ -15,6 +15,10 @@ class Stopped(Exception):
 
 def leave(code: int, told: str) -> None:
     """Says something and ends the process, whatever threads are still at."""
+    with contextlib.suppress(RuntimeError):  # a print elsewhere may not end
+        give_up = threading.Timer(2.0, os._exit, (code,))
+        give_up.daemon = True
+        give_up.start()
     for stream, text in ((sys.stdout, ""), (sys.stderr, f"{told}\n")):
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # nobody listens
             stream.write(text)
@@ -25,7 +29,8 @@ def leave(code: int, told: str) -> None:
 class Signals:
     """SIGINT and SIGTERM: at once, while `patient` after the present chunk.
 
-    A second signal does not wait.
+    A second signal does not wait. Python runs handlers between two lines of the main
+    thread, which may be in a compiled chunk for long; so a thread listens.
     """
 
     def __init__(self) -> None:
@@ -33,10 +38,19 @@ class Signals:
 
     def install(self) -> None:
         """Takes over from Python's handlers."""
+        numbers, told = os.pipe()
+        os.set_blocking(told, False)
+        threading.Thread(target=self._listen, args=(numbers,), daemon=True).start()
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+            signal.signal(number, lambda *_: None)
 
-    def _handle(self, number: int, _: Any) -> None:
+    def _listen(self, numbers: int) -> None:
+        while number := os.read(numbers, 1):
+            if number[0] in (signal.SIGINT, signal.SIGTERM):
+                self._handle(number[0])
+
+    def _handle(self, number: int) -> None:
         first, self.asked = not self.asked, number
         if not (first and self.patient):
             # An exception might be raised where it is ignored, in a destructor say.

@@ -33,6 +33,11 @@ class Transitions(NamedTuple):
     action_low: np.ndarray  # (A,) float32
     action_high: np.ndarray  # (A,) float32
     obs_keys: tuple[str, ...]  # entries of a dict observation, () for a Box
+    warnings: tuple[str, ...] = ()  # what whoever loads them is to be told
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The arrays by name."""
+        return {k: v for k, v in self._asdict().items() if isinstance(v, np.ndarray)}
 
 
 def finish(
@@ -41,6 +46,7 @@ def finish(
     box: tuple[np.ndarray, np.ndarray],
     obs_keys: tuple[str, ...] = (),
     keep: np.ndarray | None = None,
+    warnings: Sequence[str] = (),
 ) -> Transitions:
     """Checks flat arrays in their own units and turns them into transitions.
 
@@ -51,6 +57,7 @@ def finish(
         box: lower and upper ends of the action range, (A,) each.
         obs_keys: entries of the dict observations that were joined.
         keep: mask (N,) of the transitions to keep, after all have been checked.
+        warnings: what was found before.
 
     Raises:
         UserError: empty, not finite, or actions outside their range.
@@ -58,6 +65,7 @@ def finish(
     if len(rows["rewards"]) == 0 or (keep is not None and not keep.any()):
         raise UserError(f"{source} is empty: it holds no complete transition.")
     obs = _finite_float32(source, "observations", rows["observations"])
+    coarse = _too_fine_for_float32(source, rows["observations"])
     next_obs = _finite_float32(source, "next_observations", rows["next_observations"])
     reward = _finite_float32(source, "rewards", rows["rewards"])
     _finite_float32(source, "actions", rows["actions"])
@@ -76,6 +84,7 @@ def finish(
         action_low=low,
         action_high=high,
         obs_keys=obs_keys,
+        warnings=(*warnings, *coarse),
     )
 
 
@@ -91,10 +100,9 @@ def until_success(reward: np.ndarray, episode: np.ndarray) -> np.ndarray:
 def fingerprint(data: Transitions) -> str:
     """SHA-256 in hex over names, types, shapes and bytes of the arrays."""
     digest = hashlib.sha256(json.dumps(data.obs_keys).encode())
-    for name, array in data._asdict().items():
-        if name != "obs_keys":
-            digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(array.data)
+    for name, array in data.columns().items():
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.data)
     return digest.hexdigest()
 
 
@@ -103,14 +111,25 @@ def cached(
 ) -> tuple[Transitions, str]:
     """The transitions of some source files and their fingerprint, built at most once.
 
-    The cache entry is keyed by the files' paths, sizes and modification times. A
-    damaged entry is rebuilt; where the cache cannot be written, one line on stderr
-    says so and the program goes on without.
+    The cache entry is keyed by the files' paths, sizes and times of change, which no
+    copying program sets back. A damaged entry is rebuilt; where the cache cannot be
+    written, one line on stderr says so and the program goes on without. The data's
+    own warnings are printed at every load.
     """
     path = _entry(files)
-    hit = _read(path)
-    if hit is not None:
-        return hit
+    data, digest = _read(path) or _build(path, build)
+    for warning in data.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return data, digest
+
+
+def cache_dir() -> Path:
+    """The user's cache directory of this project; it need not exist."""
+    return platformdirs.user_cache_path("td3-bst")
+
+
+def _build(path: Path, build: Callable[[], Transitions]) -> tuple[Transitions, str]:
+    """Builds the transitions and writes a cache entry, if that can be written."""
     data = build()
     digest = fingerprint(data)
     try:
@@ -120,9 +139,18 @@ def cached(
     return data, digest
 
 
-def cache_dir() -> Path:
-    """The user's cache directory of this project; it need not exist."""
-    return platformdirs.user_cache_path("td3-bst")
+def _too_fine_for_float32(source: str, obs: np.ndarray) -> list[str]:
+    """A warning for every column (N,) that vanishes in float32, as a large offset's."""
+    told = []
+    for i, column in enumerate(obs.T if obs.dtype.itemsize > 4 else ()):
+        largest = np.abs(column).max()
+        spread = (column - column[0]).std()
+        if 0 < spread < 4 * np.spacing(np.float32(largest)):
+            told.append(
+                f"{source}: observations[:, {i}] vary by {spread:.2g} about "
+                f"{column[0]:.10g}, finer than float32 is there: subtract an offset"
+            )
+    return told
 
 
 def _finite_float32(source: str, name: str, array: np.ndarray) -> np.ndarray:
@@ -182,7 +210,7 @@ def _entry(files: Sequence[Path]) -> Path:
     resolved = [file.resolve() for file in files]
     stats = [file.stat() for file in resolved]
     place = json.dumps([CACHE_VERSION, *map(str, resolved)])
-    state = json.dumps([(stat.st_size, stat.st_mtime_ns) for stat in stats])
+    state = json.dumps([(stat.st_size, stat.st_ctime_ns) for stat in stats])
     names = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in (place, state)]
     return cache_dir() / "datasets" / f"{'-'.join(names)}.safetensors"
 
@@ -193,8 +221,8 @@ def _read(path: Path) -> tuple[Transitions, str] | None:
         with safe_open(path, framework="numpy") as file:
             about = file.metadata()
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        keys = tuple(json.loads(about["obs_keys"]))
-        data = Transitions(obs_keys=keys, **arrays)
+        said = {k: tuple(json.loads(about[k])) for k in ("obs_keys", "warnings")}
+        data = Transitions(**arrays, **said)
         digest = about["fingerprint"]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
@@ -202,13 +230,13 @@ def _read(path: Path) -> tuple[Transitions, str] | None:
 
 
 def _write(path: Path, data: Transitions, digest: str) -> None:
-    arrays = data._asdict()
-    about = {"obs_keys": json.dumps(arrays.pop("obs_keys")), "fingerprint": digest}
+    about = {k: json.dumps(getattr(data, k)) for k in ("obs_keys", "warnings")}
+    about["fingerprint"] = digest
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
     os.close(handle)
     try:
-        save_file(arrays, temporary, about)
+        save_file(data.columns(), temporary, about)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -136,14 +136,20 @@ def test_policy_loader_acts_as_the_jax_policy(tmp_path):
     config = td3_bst.Config(hidden_dims=(8, 16))
     actor = td3_bst.init(jax.random.key(3), 3, 2, config).actor
     rng = np.random.default_rng(0)
-    mean, std = rng.normal(size=3), rng.uniform(0.5, 2, 3)
+    # A constant far from 0, in float64: its rounding over a std of 1e-3 is no signal.
+    far = np.array([0, 0, 1234567.891])
+    mean, std = rng.normal(size=3) + far, np.append(rng.uniform(0.5, 2, 2), 1e-3)
+    mean = mean.astype(np.float32)
     low, high = np.array([-2.0, 0.0]), np.array([2.0, 0.4])
     lanes = jax.tree.map(lambda x: np.asarray(x)[None], actor)
     policy = rollout.NumpyPolicy(rollout.layers_of(lanes), mean, std, low, high)
     rollout.export(tmp_path, policy, ["seed7"], {})
-    obs = rng.normal(size=(20, 3))
+    obs = rng.normal(size=(20, 3)) * [1, 1, 0] + mean.astype(np.float64) * [0, 0, 1]
+    obs[:, 2] += 0.01  # which float32 does not see
     box = np.asarray(
-        td3_bst.policy(actor, jax.numpy.asarray((obs - mean) / std), config)
+        td3_bst.policy(
+            actor, jax.numpy.asarray((obs.astype(np.float32) - mean) / std), config
+        )
     )
     acted = scope["load_policy"](tmp_path / "seed7.safetensors")(obs)
     np.testing.assert_allclose(acted, low + (box + 1) / 2 * (high - low), atol=1e-5)

@@ -39,6 +39,14 @@ def start(*args: object) -> subprocess.Popen:
     )
 
 
+def start_python(*args: str) -> Any:
+    pipe = subprocess.PIPE
+    root = Path(td3_bst.__file__).parent
+    return subprocess.Popen(
+        [sys.executable, *args], stdout=pipe, stderr=pipe, text=True, cwd=root
+    )
+
+
 def stop(process: subprocess.Popen, number: signal.Signals, ready: Any) -> str:
     """Signals once `ready()` holds; returns stderr."""
     while not ready() and process.poll() is None:
@@ -52,6 +60,29 @@ def stop(process: subprocess.Popen, number: signal.Signals, ready: Any) -> str:
 
 
 # ----------------------------------------------------------------------------- signals
+
+
+def test_a_second_signal_stops_at_once_inside_a_chunk():
+    # Compiled code lets no line of Python's main thread run; so does this, for long.
+    code = """if True:
+        import hashlib
+        from common.signals import SIGNALS
+        SIGNALS.install()
+        SIGNALS.patient = True
+        print("busy", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 400_000_000)
+    """
+    busy = start_python("-c", code)
+    assert busy.stdout.readline() == "busy\n"
+    time.sleep(0.5)
+    busy.send_signal(signal.SIGINT)
+    assert busy.stderr.readline() == "\n"
+    assert "a second signal stops at once" in busy.stderr.readline()
+    assert busy.poll() is None
+    busy.send_signal(signal.SIGINT)
+    _, err = busy.communicate(timeout=20)
+    assert busy.returncode == 128 + signal.SIGINT
+    assert "interrupted" in err
 
 
 def test_a_signal_stops_after_the_chunk_and_nothing_is_lost(tmp_path, pendulum):
@@ -319,6 +350,7 @@ def test_a_run_of_which_nothing_is_left_says_so(capsys, tmp_path, arrays_file):
         ({"q": 1.0, "critic_loss": 2.0, "omega_max": 3.0}, None),
         ({"q": 600.0, "critic_loss": 2.0}, "q"),
         ({"q_data": -600.0, "critic_loss": 2.0}, "q_data"),
+        ({"v": 600.0, "critic_loss": 2.0}, "v"),
         ({"critic_loss": 600.0}, None),  # it may well be large
         ({"actor_loss": np.nan, "critic_loss": np.inf}, "critic_loss"),
         ({"actor_loss": np.nan, "omega_max": np.inf, "q": np.nan}, "omega_max"),

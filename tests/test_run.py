@@ -545,11 +545,12 @@ def test_a_sweep_that_changes_no_run_of_awr_is_refused(tmp_path, arrays_file):
 
 
 def test_observations_that_are_constant_train(capsys, tmp_path):
-    # A bandit: standardised to 0, where a fresh critic of IQL's is 0 and so is Z_Q.
+    # A bandit: standardised to 0, where a fresh critic of IQL's is 0 and so is Z_Q. Its
+    # mean is 0, which does not make it a run without standardisation.
     rows = np.arange(40)
     np.savez(
         path := tmp_path / "bandit.npz",
-        observations=np.ones((40, 3), np.float32),
+        observations=np.zeros((40, 3), np.float32),
         actions=np.linspace(-0.9, 0.9, 40, dtype=np.float32)[:, None],
         rewards=rows.astype(np.float32),
         terminals=rows >= 0,
@@ -559,7 +560,12 @@ def test_observations_that_are_constant_train(capsys, tmp_path):
     iql_bst.main([*map(str, args)])
     told = capsys.readouterr()
     assert "diverged" not in told.err
-    assert json.loads((Path(told.out.splitlines()[-1]) / "result.json").read_text())
+    first = Path(told.out.splitlines()[-1])
+    assert json.loads((first / "result.json").read_text())["diverged"] == {}
+    args += ["--normalize-obs", "True"]
+    iql_bst.main([*map(str, args)])
+    first = capsys.readouterr().out.splitlines()[-1]
+    iql_bst.main([*map(str, args), "--morse", first])
 
 
 def test_td3_bc_refuses_a_network_before_it_trains(capsys, tmp_path, arrays_file):
