@@ -115,7 +115,7 @@ def best(dataset: Dataset, fraction: float) -> Dataset:
     arrays = {name: getattr(dataset, name)[keep] for name in names}
     arrays["episode"] = episode.astype(np.int32)
     box = dict(action_low=dataset.action_low, action_high=dataset.action_high)
-    digest = fingerprint(Transitions(**arrays, **box, obs_keys=()))
+    digest = fingerprint(Transitions(**arrays, **box, obs_keys=(), warnings=()))
     return dataclasses.replace(dataset, **arrays, fingerprint=digest)
 
 

@@ -221,8 +221,8 @@ def _read(path: Path) -> tuple[Transitions, str] | None:
         with safe_open(path, framework="numpy") as file:
             about = file.metadata()
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        said = {k: tuple(json.loads(about[k])) for k in ("obs_keys", "warnings")}
-        data = Transitions(**arrays, **said)
+        keys, told = (tuple(json.loads(about[k])) for k in ("obs_keys", "warnings"))
+        data = Transitions(obs_keys=keys, warnings=told, **arrays)
         digest = about["fingerprint"]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
