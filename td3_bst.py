@@ -50,7 +50,7 @@ class Config:
     scale: float | None = None  # lam, the Morse kernel's scale; unset: dim(A) / 2
     supervisor_gradient: bool | None = None  # through omega; unset: by domain and log
     q_weight: float | None = None  # w, of Q / Z_Q; unset: by domain and spread
-    obs_noise: float | None = None  # std, see `noisy`; unset: 0, or by falls and log
+    obs_noise: float | None = None  # std, see `noisy`; unset: 0, or for falls
     actor_critics: int = 1  # 1: Q_1 for the actor; 2: the smaller Q of both
     discount: float | None = None  # gamma, per step; unset: by domain
     reward_scale: float | None = None  # times the reward; unset: by domain
@@ -137,8 +137,8 @@ FALLS = {  # locomotion's, by how often agents fall
     "often": {"n_step": 1000},  # rewards to the episode's end
 }
 MANY_FALLS = 1e-3  # terminal transitions of all, above which agents often fall
-MANY_POLICIES = 0.65  # where they do: the log's drift above which many policies made it
-NOISE_PER_SPREAD = 0.5  # where one policy does: obs_noise over the actions' spread
+MANY_POLICIES = 0.3  # where they do: the log's drift above which omega has a gradient
+NOISE_PER_SPREAD = 0.5  # where they do: obs_noise over the spread of the actions
 LOCOMOTION_UPDATES = 100_000  # a run's, unless told; where they do the actor's
 DEFAULTS = {  # from short experiments, results/bst_study.md
     "locomotion": LOCOMOTION,
@@ -157,10 +157,10 @@ def resolve(
     The spread of the data's actions decides w in locomotion and the floor in PointMaze:
     the wider they are, the less certainty tells apart. A terminal transition of
     locomotion is a fall. Where agents often fall, critics learn the data's returns, to
-    its end; the actor stands still after LOCOMOTION_UPDATES, because following such
-    critics for longer wears it down, and one that does so sooner has its share of w,
-    for critics that are not there yet. If one policy made their log the actor is shown
-    states with noise; if many did omega has a gradient. Elsewhere neither.
+    its end, and the actor is shown states with noise; it stands still after
+    LOCOMOTION_UPDATES, because following such critics for longer wears it down, and one
+    that does so sooner has its share of w, for critics that are not there yet. Omega is
+    a weight and no more, unless many policies made the log of agents that often fall.
 
     Args:
         data: as it was logged, in its order; numpy.
@@ -175,16 +175,15 @@ def resolve(
         share = np.mean(data.terminal)
         falls = "never" if share == 0 else "often" if share > MANY_FALLS else "seldom"
         defaults |= FALLS[falls]
-        often = falls == "often"
-        asked = None in (config.supervisor_gradient, config.obs_noise)
-        many = often and asked and morse.log_drift(pairs()) > MANY_POLICIES
-        if often:
+        if falls == "often":
             defaults["actor_decay_updates"] = min(num_updates, LOCOMOTION_UPDATES)
-            defaults["supervisor_gradient"] = many
+            if config.supervisor_gradient is None:
+                drift = morse.log_drift(pairs())
+                defaults["supervisor_gradient"] = drift > MANY_POLICIES
         if None in (config.q_weight, config.obs_noise):
             sigma, largest = morse.action_spread(pairs()), LARGEST_Q_WEIGHT[falls]
-            if often:
-                defaults["obs_noise"] = 0.0 if many else NOISE_PER_SPREAD * sigma
+            if falls == "often":
+                defaults["obs_noise"] = NOISE_PER_SPREAD * sigma
                 decay = config.actor_decay_updates
                 decay = defaults["actor_decay_updates"] if decay is None else decay
                 largest *= min(1.0, (decay or LOCOMOTION_UPDATES) / LOCOMOTION_UPDATES)

@@ -65,10 +65,6 @@ THROUGH: Asked = {  # the gradient through omega; the other set has it by defaul
 WEIGHT: Asked = {
     "supervisor_gradient": {"standin/mujoco/hopper/medium-replay-v0": "False"}
 }
-NOISY: Asked = {  # the other set has it by default
-    "obs_noise": {"standin/mujoco/hopper/medium-replay-v0": "0.193"}
-}
-QUIET: Asked = {"obs_noise": {"standin/mujoco/hopper/medium-v0": "0"}}
 PRETRAINED = {"num_morse_updates": "8000"}  # in both factor studies, named or not
 Part = tuple[str, str, Asked]  # label, method
 PARTS: tuple[Part, ...] = (  # from cloning to TD3-BST
@@ -84,25 +80,21 @@ PARTS: tuple[Part, ...] = (  # from cloning to TD3-BST
     (
         "TD3-BST with omega = 3.3",
         "TD3-BST",
-        {"mu": "1000", "floor": "3.3", **THROUGH, **NOISY},
+        {"mu": "1000", "floor": "3.3", **THROUGH},
     ),
     (
         "TD3-BST with its mean omega everywhere",
         "TD3-BST",
-        {"mu": "1000", "floor": OMEGA, **THROUGH, **NOISY},
+        {"mu": "1000", "floor": OMEGA, **THROUGH},
     ),
     (
         "TD3-BST through omega, without the noise",
         "TD3-BST",
-        {**QUIET, **THROUGH},
+        {"obs_noise": "0", **THROUGH},
     ),
-    (
-        "TD3-BST through omega, with w = 8",
-        "TD3-BST",
-        {"q_weight": "8", **THROUGH, **NOISY},
-    ),
-    ("TD3-BST through omega", "TD3-BST", {**THROUGH, **NOISY}),
-    ("TD3-BST with omega as a weight", "TD3-BST", {**WEIGHT, **NOISY}),
+    ("TD3-BST through omega, with w = 8", "TD3-BST", {"q_weight": "8", **THROUGH}),
+    ("TD3-BST through omega", "TD3-BST", THROUGH),
+    ("TD3-BST with omega as a weight", "TD3-BST", WEIGHT),
 )
 NAMES = {"score": "score", "length": "steps to the goal", "success": "success rate"}
 RESAMPLES = 5_000

@@ -197,19 +197,16 @@ def test_what_falls_decide(num_falls: int):
 
 @pytest.mark.parametrize("falls", [0, 10, 11])  # never, seldom, often
 @pytest.mark.parametrize("drift", [0, 2])
-def test_whose_log_it_is_decides_where_agents_fall(falls: int, drift: float):
-    rng = np.random.default_rng(0)
-    obs: Any = rng.uniform(-1, 1, (10_000, 1))
+def test_omega_has_a_gradient_where_many_policies_fall(falls: int, drift: float):
+    obs: Any = np.random.default_rng(0).uniform(-1, 1, (10_000, 1))
     obs += drift * np.linspace(-1, 1, 10_000)[:, None]  # other states, along the log
-    action: Any = rng.uniform(-0.3, 0.3, (10_000, 5))
+    action: Any = np.zeros((10_000, 5))
     terminal: Any = np.arange(10_000) < falls
     data = Transition(obs, action, 0 * terminal, obs, terminal)
     with mock.patch.object(morse, "like_states", wraps=morse.like_states) as search:
         config = td3_bst.resolve(Config(), "locomotion", data, 50_000)
     assert search.call_count == 1  # it takes a second on large data
     assert config.supervisor_gradient is bool(drift and falls == 11)
-    noise = falls == 11 and not drift
-    assert config.obs_noise == (pytest.approx(0.3 / 12**0.5, rel=0.1) if noise else 0)
     for domain in ("pointmaze", "antmaze", "other"):
         config = td3_bst.resolve(Config(), domain, data, 50_000)
         assert config.supervisor_gradient is (domain == "antmaze")
