@@ -89,12 +89,17 @@ def load(source: str, eval_map: str = "auto", best_fraction: float = 1.0) -> Dat
     if eval_map not in tasks.EVAL_MAPS:
         choices = ", ".join(tasks.EVAL_MAPS)
         raise UserError(f"--eval-map is one of {choices}, not {eval_map!r}.")
-    names = [source] if os.path.isfile(source) else source.split("+")
+    names = names_in(source)
     if not all(name.strip() for name in names):
         raise UserError(f"--dataset {source!r} names nothing: {EXPECTED}.")
     parts = [_load_one(name.strip(), eval_map) for name in names]
     whole = parts[0] if len(parts) == 1 else _join(source, parts)
     return best(whole, best_fraction)
+
+
+def names_in(source: str) -> list[str]:
+    """The sources that `source` joins by `+`; a file may have one in its name."""
+    return [source] if os.path.isfile(source) else source.split("+")
 
 
 def best(dataset: Dataset, fraction: float) -> Dataset:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from common import checkpoint, defaults
-from common.datasets import Dataset
+from common.datasets import Dataset, names_in
 from common.defaults import EMBEDDED
 from common.errors import UserError
 
@@ -177,8 +177,7 @@ def _check_sweep(options: RunOptions, config: Any, traced: Sequence[str]) -> Non
 
 def _absolute(options: RunOptions) -> RunOptions:
     """Files by their absolute paths, so that a run can be resumed from anywhere."""
-    whole = options.dataset
-    names = [whole] if Path(whole).is_file() else whole.split("+")
+    names = names_in(options.dataset)
     if all(Path(name).is_file() for name in names):
         paths = [str(Path(name).resolve()) for name in names]
         if len(paths) == 1 or "+" not in "".join(paths):  # which would part them

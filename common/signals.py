@@ -42,7 +42,7 @@ class Signals:
         os.set_blocking(told, False)
         threading.Thread(target=self._listen, args=(numbers,), daemon=True).start()
         signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM):  # a handler, or none is told
             signal.signal(number, lambda *_: None)
 
     def _listen(self, numbers: int) -> None:
@@ -53,7 +53,6 @@ class Signals:
     def _handle(self, number: int) -> None:
         first, self.asked = not self.asked, number
         if not (first and self.patient):
-            # An exception might be raised where it is ignored, in a destructor say.
             leave(128 + number, INTERRUPTED)
         told = "stopping after this chunk and the evaluation under way"
         with contextlib.suppress(OSError, RuntimeError):  # nobody may be listening

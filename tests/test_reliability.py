@@ -34,17 +34,12 @@ def bits(folder: Path) -> dict[str, Any]:
 
 
 def start(*args: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return piped(command(*args))
 
 
-def start_python(*args: str) -> Any:
+def piped(words: list[str], cwd: Path | None = None) -> Any:
     pipe = subprocess.PIPE
-    root = Path(td3_bst.__file__).parent
-    return subprocess.Popen(
-        [sys.executable, *args], stdout=pipe, stderr=pipe, text=True, cwd=root
-    )
+    return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, cwd=cwd)
 
 
 def stop(process: subprocess.Popen, number: signal.Signals, ready: Any) -> str:
@@ -72,7 +67,7 @@ def test_a_second_signal_stops_at_once_inside_a_chunk():
         print("busy", flush=True)
         hashlib.pbkdf2_hmac("sha256", b"", b"", 400_000_000)
     """
-    busy = start_python("-c", code)
+    busy = piped([sys.executable, "-c", code], Path(td3_bst.__file__).parent)
     assert busy.stdout.readline() == "busy\n"
     time.sleep(0.5)
     busy.send_signal(signal.SIGINT)
